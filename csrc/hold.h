@@ -1,0 +1,201 @@
+/*
+ * hold.h - what the engine offers; the only header that the Cython glue sees.
+ *
+ * The engine moves bytes between files and memory. It knows nothing of tensors' meaning, of
+ * formats, of Python.
+ *
+ * Errors      Functions that can fail return 0, or -errno of the failed system call, or one of
+ *             the HOLD_E* codes below; never -1. On failure the out parameters say where.
+ * Units       Sizes and offsets are bytes. Offsets count from the start of the file.
+ * Ownership   Said with each function. Nothing is kept after a function returns unless it says so.
+ * Threads     Every function may be called from any number of threads at once, on different
+ *             arguments. Worker threads are started by a call and joined before it returns, so
+ *             nothing is left behind for fork() to break.
+ */
+#ifndef HOLD_H
+#define HOLD_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Own error codes, beyond any errno. */
+#define HOLD_ESHORT (-4001)  /* the file ends before the bytes that were asked for */
+#define HOLD_ESTALL (-4002)  /* a transfer made no progress */
+#define HOLD_EABORT (-4003)  /* the progress callback asked to stop */
+
+#define HOLD_MAX_NDIM 64
+
+/* ---- memory ------------------------------------------------------------------------------- */
+
+/*
+ * Memory with a count of owners. The count starts at 1; hold_buffer_release() by the last owner
+ * gives the memory back. Both may be called from any thread, without the GIL.
+ */
+typedef struct hold_buffer hold_buffer;
+struct hold_buffer {
+    atomic_size_t owners;
+    void *data;
+    size_t nbytes;
+    void *base;  /* what is given back: the mapping's start ... */
+    size_t span; /* ... and length */
+    void (*dispose)(hold_buffer *self);
+};
+
+static inline void hold_buffer_retain(hold_buffer *self)
+{
+    atomic_fetch_add_explicit(&self->owners, 1, memory_order_relaxed);
+}
+
+static inline void hold_buffer_release(hold_buffer *self)
+{
+    if (atomic_fetch_sub_explicit(&self->owners, 1, memory_order_acq_rel) == 1)
+        self->dispose(self);
+}
+
+/*
+ * Anonymous zeroed memory, page-aligned; from 2 MiB on aligned to 2 MiB with huge pages asked for.
+ * nbytes may be 0. On success *out has one owner. Returns 0 or -ENOMEM.
+ */
+int hold_buffer_alloc(size_t nbytes, hold_buffer **out);
+
+/*
+ * The bytes [offset, offset + nbytes) of a file, mapped private, readable and writable: writes
+ * stay in this process. offset need not be page-aligned. The caller has checked that the file is
+ * that long; fd may be closed afterwards. nbytes may be 0. Returns 0 or -errno.
+ */
+int hold_buffer_map(int fd, uint64_t offset, size_t nbytes, hold_buffer **out);
+
+/* How many buffers are alive in this process. */
+size_t hold_buffer_count(void);
+
+/*
+ * Bring the pages of [data, data + nbytes) of a mapping into memory and into the page tables
+ * (MADV_POPULATE_READ in `threads` threads; where the kernel lacks it, MADV_WILLNEED and a touch).
+ */
+int hold_prefetch(const void *data, size_t nbytes, int threads);
+
+/* Bytes of [data, data + nbytes) of a mapping that are in the page cache (mincore). */
+int hold_resident(const void *data, size_t nbytes, uint64_t *out);
+
+/* ---- checksums ---------------------------------------------------------------------------- */
+
+/* The zip CRC-32 (reflected 0xEDB88320) of data, continuing `crc` (0 to begin). */
+uint32_t hold_crc32(uint32_t crc, const void *data, size_t nbytes);
+
+/* CRC-32 of A followed by B, from those of A and of B and the length of B. */
+uint32_t hold_crc32_combine(uint32_t a, uint32_t b, uint64_t nbytes_b);
+
+/* ---- moving bytes ------------------------------------------------------------------------- */
+
+/* How the elements of a segment lie in memory, where that is not densely in C order. */
+typedef struct hold_layout {
+    const int64_t *shape;   /* ndim extents, none negative */
+    const int64_t *strides; /* ndim strides in bytes, of any sign */
+    int32_t ndim;           /* 0 .. HOLD_MAX_NDIM */
+    int32_t itemsize;       /* bytes of an element */
+    int32_t swap;           /* unit whose bytes are reversed on the way: 0 (none), 2, 4, 8 */
+    int32_t reserved;
+} hold_layout;
+
+/* A run of bytes of a file and its place in memory. SEGMENT in holdfast/layout.py. */
+typedef struct hold_segment {
+    uint64_t offset;
+    uint64_t nbytes;
+    union {
+        void *data; /* of the element with index zero everywhere; NULL in a read: checksum only */
+        uint64_t address;
+    };
+    union {
+        const hold_layout *layout; /* NULL: dense */
+        uint64_t layout_address;
+    };
+    uint32_t file; /* read: index in fds; write: ignored */
+    uint32_t crc;  /* out: CRC-32 of the bytes in the file, where checksums were asked for */
+} hold_segment;
+
+/*
+ * Called now and then from the thread that called hold_write or hold_read, with the bytes moved so
+ * far. A return other than 0 stops the work: the call returns HOLD_EABORT.
+ */
+typedef int (*hold_progress)(void *context, uint64_t done);
+
+typedef struct hold_options {
+    int threads;            /* workers; 0: the engine chooses */
+    bool checksum;          /* fill in segment.crc */
+    bool direct;            /* write: try O_DIRECT; read: ignored */
+    hold_progress progress; /* may be NULL */
+    void *context;
+} hold_options;
+
+/* Where a transfer failed. */
+typedef struct hold_report {
+    int64_t segment; /* index of the segment, -1 where it is not about one */
+    uint64_t offset; /* in the file, of the first byte not moved */
+    uint32_t file;   /* index in fds */
+    bool direct;     /* out: O_DIRECT was really used */
+} hold_report;
+
+/*
+ * Write segments, sorted by offset, without overlap and without gaps between the first and the
+ * last. Bytes of the file outside of them are left alone; a file that was shorter ends where the
+ * last segment does.
+ * fd is open for writing, without O_APPEND. Its O_DIRECT flag is changed and restored.
+ */
+int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *options,
+               hold_report *report);
+
+/*
+ * Read segments, sorted by (file, offset), without overlap; gaps between them are skipped.
+ * All files are in one queue of chunks. The file position of the fds is not used or changed.
+ */
+int hold_read(const int *fds, size_t nfds, hold_segment *segments, size_t n,
+              const hold_options *options, hold_report *report);
+
+/* ---- publishing --------------------------------------------------------------------------- */
+
+/*
+ * A file being written that will appear under its name whole or not at all.
+ *
+ * Begun, it is an unnamed file (O_TMPFILE) in the target's directory, or, where the file system
+ * has none, a temporary name created with O_EXCL and locked with flock; temporaries of the same
+ * target whose owner is dead are removed. The mode is that of the regular file which has the
+ * target's name, or else 0666 & ~umask.
+ */
+typedef struct hold_publication hold_publication;
+
+/*
+ * Begin to publish `path` (a symbolic link is followed: the file it points to is replaced, or
+ * created). EISDIR if it is a directory, EACCES if it is a file that this process may not write.
+ * On success *out is owned by the caller, who ends it with hold_publish_commit or _abort.
+ */
+int hold_publish_begin(const char *path, hold_publication **out);
+
+/* The descriptor to write to; owned by the publication. */
+int hold_publish_fd(const hold_publication *self);
+
+/*
+ * Give the file its name, replacing what had it: fsync, link, rename, fsync of the directory
+ * (durable), or link and rename alone. On failure the old file is what it was and nothing is left
+ * behind. Ends the publication either way.
+ */
+int hold_publish_commit(hold_publication *self, bool durable);
+
+/* Forget the file: nothing is left of it. Ends the publication. */
+void hold_publish_abort(hold_publication *self);
+
+/* ---- tests -------------------------------------------------------------------------------- */
+
+/*
+ * Make the n-th system call from now (1 is the next) fail with `error` (an errno), or, where
+ * `error` is 0, transfer only half of what it was asked to (a no-op for calls that transfer
+ * nothing). n = 0 disarms. Counts calls of all threads. Returns how many calls were made since it
+ * was last armed. For the fault-injection tests alone.
+ */
+uint64_t hold_fault_arm(uint64_t n, int error);
+
+/* Name of the call that the last armed fault hit ("pwrite"), or NULL where it hit none. */
+const char *hold_fault_hit(void);
+
+#endif

@@ -1,0 +1,80 @@
+"""Build the C extensions; everything else stands in pyproject.toml.
+
+Environment:
+
+HOLDFAST_SANITIZE=address,undefined   instrument with these sanitizers
+HOLDFAST_DEBUG=1                      no optimization, assertions on
+HOLDFAST_WERROR=1                     warnings of our own C are errors
+HOLDFAST_ONLY=_engine,...             build only these extensions (while working on one)
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+CSRC = Path("csrc")
+HEADERS = sorted(str(path) for path in CSRC.glob("*.h"))
+ENGINE = ["sys", "threads", "crc", "strided", "memory", "segments", "write", "read", "publish"]
+HEADER = ["header_scan", "header_emit", "crc"]
+
+define = [("_GNU_SOURCE", "1"), ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
+compile_args = ["-std=c11", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
+link_args = ["-pthread"]
+
+if os.environ.get("HOLDFAST_DEBUG"):
+    compile_args += ["-O0", "-g3", "-UNDEBUG"]
+else:
+    compile_args += ["-O3", "-g1"]
+if sanitizers := os.environ.get("HOLDFAST_SANITIZE"):
+    compile_args += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-UNDEBUG"]
+    compile_args += ["-fno-omit-frame-pointer"]
+    link_args += [f"-fsanitize={sanitizers}"]
+if os.environ.get("HOLDFAST_WERROR"):
+    # Cython's output is not ours to keep clean of unused parameters.
+    compile_args += ["-Werror", "-Wno-unused-parameter", "-Wno-unused-function"]
+
+
+def extension(name: str, sources: list[str], include: tuple[str, ...] = ()) -> Extension:
+    """One extension module: its .pyx and the C files that it is linked with."""
+    pyx = Path("src") / (name.replace(".", "/") + ".pyx")
+    csrc = [str(CSRC / f"{source}.c") for source in sources]
+    depends = HEADERS + [str(path) for path in pyx.parent.glob("*.pxd")] + [str(pyx)]
+    return Extension(
+        name,
+        [str(pyx), *csrc],
+        include_dirs=[str(CSRC), *include],
+        define_macros=define,
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+        depends=depends,
+    )
+
+
+extensions = [
+    extension("holdfast._buffer", []),
+    extension("holdfast._engine", ENGINE),
+    extension("holdfast.formats._header", HEADER),
+    extension("holdfast.adapters._numpy", [], (numpy.get_include(),)),
+    extension("holdfast.adapters._dlpack", []),
+]
+if only := os.environ.get("HOLDFAST_ONLY"):
+    wanted = only.split(",")
+    extensions = [e for e in extensions if e.name.rpartition(".")[2] in wanted]
+
+building = not {"egg_info", "dist_info", "clean", "sdist"} & set(sys.argv[1:])
+setup(
+    ext_modules=cythonize(
+        extensions,
+        build_dir="build/cython",
+        language_level=3,
+        compiler_directives={"embedsignature": True, "binding": True},
+        quiet=True,
+        show_all_warnings=False,
+    )
+    if building
+    else extensions,
+)

@@ -1,0 +1,22 @@
+"""The exceptions that holdfast adds to Python's own.
+
+The system's failures stay ``OSError``, a caller's mistakes stay ``TypeError`` and
+``ValueError``; only what the bytes of a file can cause needs names of its own.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ChecksumError", "FormatError"]
+
+
+class FormatError(ValueError):
+    """The bytes of a file are not what their format promises.
+
+    Base of everything that the content of a file can cause, so that ``except FormatError``
+    tells a bad file from a bad call. The message names the file, the tensor where there is
+    one, the offset, what was expected and what was found.
+    """
+
+
+class ChecksumError(FormatError):
+    """Bytes were read that do not have the CRC-32 that was recorded when they were written."""

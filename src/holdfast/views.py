@@ -1,0 +1,142 @@
+"""What the three axes hand each other about tensors in memory.
+
+Checkpoints hold from one to a million tensors, so the pipeline carries them as columns: NumPy
+structured arrays of one row for each tensor, which Cython and C read in place. A
+:class:`TensorView` is the same thing for one tensor, for code where clarity counts and cost
+does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .dtypes import DTYPES, DType
+
+__all__ = ["DENSE", "SWAPPED", "VIEW", "TensorBatch", "TensorView"]
+
+#: One tensor in memory. ``dims`` is the index of its first extent in ``TensorBatch.dims``
+#: (and of its first stride in ``TensorBatch.strides``); ``nbytes`` is what it occupies when dense.
+VIEW = np.dtype(
+    [
+        ("address", np.uint64),
+        ("nbytes", np.uint64),
+        ("dims", np.int64),
+        ("dtype", np.int32),
+        ("ndim", np.int16),
+        ("flags", np.uint16),
+    ],
+    align=True,
+)
+
+#: Flag of :data:`VIEW`: the elements lie in C order without gaps, so strides say nothing more.
+DENSE = 1
+#: Flag of :data:`VIEW`: the elements have the byte order that the machine does not have.
+SWAPPED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """One tensor in memory, described without its framework.
+
+    Attributes
+    ----------
+    dtype : DType
+    shape : tuple of int
+        In elements.
+    address : int
+        Of the element with index zero everywhere. Meaningless where `nbytes` is 0.
+    strides : tuple of int or None
+        In bytes, negative or zero ones included; None for dense C order.
+    owner : object
+        What has to stay alive for `address` to stay valid.
+    swapped : bool
+        Whether the elements have the byte order that the machine does not have.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    address: int
+    owner: object
+    strides: tuple[int, ...] | None = None
+    swapped: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements laid out densely."""
+        return self.dtype.nbytes(self.shape)
+
+
+@dataclass(slots=True)
+class TensorBatch:
+    """Many tensors in memory, as columns.
+
+    Attributes
+    ----------
+    views : ndarray of VIEW, shape (n,)
+    dims : ndarray of int64
+        The extents of all tensors, end to end.
+    strides : ndarray of int64 or None
+        Strides in bytes, laid out as `dims`; only rows without the flag ``DENSE`` need theirs.
+        None where every row is dense.
+    owners : sequence of object
+        What keeps the memory alive: for a batch that is *described*, the tensors themselves (or
+        the copies made of them); for a batch to be *wrapped*, the :class:`holdfast._buffer.Buffer`
+        objects, of which `owner` picks one for each row.
+    owner : ndarray of int64 or None
+        Index in `owners` for each row; None where all rows share ``owners[0]``.
+    """
+
+    views: np.ndarray
+    dims: np.ndarray
+    owners: Sequence[object]
+    strides: np.ndarray | None = None
+    owner: np.ndarray | None = field(default=None)
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, i: int) -> TensorView:
+        row = self.views[i]
+        span = slice(int(row["dims"]), int(row["dims"]) + int(row["ndim"]))
+        dense = bool(int(row["flags"]) & DENSE) or self.strides is None
+        if self.owner is not None:
+            owner = self.owners[int(self.owner[i])]
+        else:
+            owner = self.owners[i] if len(self.owners) == len(self.views) else self.owners[0]
+        return TensorView(
+            dtype=DTYPES[int(row["dtype"])],
+            shape=tuple(self.dims[span].tolist()),
+            address=int(row["address"]),
+            owner=owner,
+            strides=None if dense else tuple(self.strides[span].tolist()),  # type: ignore[index]
+            swapped=bool(int(row["flags"]) & SWAPPED),
+        )
+
+    @classmethod
+    def of(cls, views: Sequence[TensorView]) -> TensorBatch:
+        """Columns of single views, each with an owner of its own."""
+        rows = np.zeros(len(views), VIEW)
+        dims: list[int] = []
+        strides: list[int] = []
+        for i, view in enumerate(views):
+            dense = view.strides is None
+            rows[i] = (
+                view.address,
+                view.nbytes,
+                len(dims),
+                view.dtype.code,
+                len(view.shape),
+                (DENSE if dense else 0) | (SWAPPED if view.swapped else 0),
+            )
+            dims.extend(view.shape)
+            strides.extend((0,) * len(view.shape) if view.strides is None else view.strides)
+        return cls(
+            views=rows,
+            dims=np.array(dims, np.int64),
+            owners=[view.owner for view in views],
+            strides=np.array(strides, np.int64),
+            owner=np.arange(len(views), dtype=np.int64),
+        )
