@@ -24,6 +24,7 @@
 #define HOLD_ESHORT (-4001)  /* the file ends before the bytes that were asked for */
 #define HOLD_ESTALL (-4002)  /* a transfer made no progress */
 #define HOLD_EABORT (-4003)  /* the progress callback asked to stop */
+#define HOLD_ERULE (-4004)   /* a segment breaks the rules that the call states */
 
 #define HOLD_MAX_NDIM 64
 
@@ -56,7 +57,7 @@ static inline void hold_buffer_release(hold_buffer *self)
 
 /*
  * Anonymous zeroed memory, page-aligned; from 2 MiB on aligned to 2 MiB with huge pages asked for.
- * nbytes may be 0. On success *out has one owner. Returns 0 or -ENOMEM.
+ * nbytes may be 0. On success *out has one owner. Returns 0 or -errno (ENOMEM, if not injected).
  */
 int hold_buffer_alloc(size_t nbytes, hold_buffer **out);
 
@@ -70,11 +71,22 @@ int hold_buffer_map(int fd, uint64_t offset, size_t nbytes, hold_buffer **out);
 /* How many buffers are alive in this process. */
 size_t hold_buffer_count(void);
 
+/* The kind of file system that the file is on: the magic number of statfs(2). 0 or -errno. */
+int hold_filesystem(int fd, uint64_t *out);
+
 /*
  * Bring the pages of [data, data + nbytes) of a mapping into memory and into the page tables
  * (MADV_POPULATE_READ in `threads` threads; where the kernel lacks it, MADV_WILLNEED and a touch).
  */
 int hold_prefetch(const void *data, size_t nbytes, int threads);
+
+/*
+ * hold_prefetch(), if it seems to be no more than a matter of page tables: if a sample of the pages
+ * is in the page cache, and nbytes is at most `most`, for page tables cost memory (8 bytes a page)
+ * and time (some 2 ms for a GiB) even where nobody looks at the data. *out is whether it was done;
+ * it is not where there is so little that faults are as cheap.
+ */
+int hold_populate_cached(const void *data, size_t nbytes, size_t most, int threads, bool *out);
 
 /* Bytes of [data, data + nbytes) of a mapping that are in the page cache (mincore). */
 int hold_resident(const void *data, size_t nbytes, uint64_t *out);
@@ -124,7 +136,7 @@ typedef int (*hold_progress)(void *context, uint64_t done);
 typedef struct hold_options {
     int threads;            /* workers; 0: the engine chooses */
     bool checksum;          /* fill in segment.crc */
-    bool direct;            /* write: try O_DIRECT; read: ignored */
+    bool direct;            /* write: try O_DIRECT; read: ignored, hold_read() sees for itself */
     hold_progress progress; /* may be NULL */
     void *context;
 } hold_options;
@@ -134,7 +146,7 @@ typedef struct hold_report {
     int64_t segment; /* index of the segment, -1 where it is not about one */
     uint64_t offset; /* in the file, of the first byte not moved */
     uint32_t file;   /* index in fds */
-    bool direct;     /* out: O_DIRECT was really used */
+    bool direct;     /* out, write: O_DIRECT was really used */
 } hold_report;
 
 /*
@@ -149,6 +161,16 @@ int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *opt
 /*
  * Read segments, sorted by (file, offset), without overlap; gaps between them are skipped.
  * All files are in one queue of chunks. The file position of the fds is not used or changed.
+ *
+ * What is in the page cache is copied from there, in stretches of 512 KiB. From 8 MiB on for a
+ * call, the rest is read past it, with O_DIRECT, by a second descriptor that the call opens
+ * through /proc/self/fd and closes: straight to where the bytes belong where memory and offset are
+ * aligned alike (page-aligned memory for page-aligned offsets always is), else through a worker's
+ * buffer. So reading a cold file leaves the page cache as it was. Everything goes through the page
+ * cache, with its readahead, where that cannot be had: where neither cachestat(2) nor mincore(2)
+ * tells what is cached (many kernels tell it only to those who own or may write the file), where
+ * there is no /proc, and on file systems that neither say what O_DIRECT asks of a file (statx) nor
+ * are ext4, XFS or btrfs: NFS, FUSE, tmpfs.
  */
 int hold_read(const int *fds, size_t nfds, hold_segment *segments, size_t n,
               const hold_options *options, hold_report *report);
@@ -167,7 +189,9 @@ typedef struct hold_publication hold_publication;
 
 /*
  * Begin to publish `path` (a symbolic link is followed: the file it points to is replaced, or
- * created). EISDIR if it is a directory, EACCES if it is a file that this process may not write.
+ * created). EISDIR if it is a directory, EACCES if it is a file that this process may not write,
+ * ESPIPE if it is there and neither (a FIFO, a device, a socket): such a one is written in place,
+ * as a stream. The directory is held open: later renames and chdir() change nothing.
  * On success *out is owned by the caller, who ends it with hold_publish_commit or _abort.
  */
 int hold_publish_begin(const char *path, hold_publication **out);
@@ -178,7 +202,9 @@ int hold_publish_fd(const hold_publication *self);
 /*
  * Give the file its name, replacing what had it: fsync, link, rename, fsync of the directory
  * (durable), or link and rename alone. On failure the old file is what it was and nothing is left
- * behind. Ends the publication either way.
+ * behind; where only the last fsync failed, the old content is put back under the name as far as
+ * the device still obeys (an old file that this process may not read cannot be). Owner and group
+ * are kept where this process may set them. Ends the publication either way.
  */
 int hold_publish_commit(hold_publication *self, bool durable);
 
@@ -194,6 +220,19 @@ void hold_publish_abort(hold_publication *self);
  * was last armed. For the fault-injection tests alone.
  */
 uint64_t hold_fault_arm(uint64_t n, int error);
+
+/*
+ * As hold_crc32, by one of the variants that this machine can run: 0 is the portable one, the last
+ * that which hold_crc32 uses. False where there is no such variant. For tests alone.
+ */
+bool hold_crc32_variant(size_t which, uint32_t *crc, const void *data, size_t nbytes);
+
+/*
+ * Make every call of this name fail with `error` (an errno), besides: a file system that lacks it.
+ * Such calls are not counted. NULL: none. Names are those of the calls ("linkat"), with "tmpfile"
+ * for openat(O_TMPFILE), "ioctl" for FICLONE. To be called while no other call of the engine runs.
+ */
+void hold_fault_ban(const char *name, int error);
 
 /* Name of the call that the last armed fault hit ("pwrite"), or NULL where it hit none. */
 const char *hold_fault_hit(void);

@@ -1,0 +1,246 @@
+/* Memory with a count of owners: anonymous, or a private map of a file. */
+#include "hold.h"
+
+#include "sys.h"
+#include "threads.h"
+
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define HUGE ((size_t)2 << 20)
+#define PREFETCH_STEP ((size_t)16 << 20)
+#define RESIDENT_PAGES 4096 /* asked about at a time */
+#define POPULATE_MIN ((size_t)64 << 20) /* faults on less are cheaper than threads */
+#define POPULATE_SAMPLES 64
+
+static atomic_size_t live;
+static char nothing; /* where buffers of no bytes point */
+
+size_t hold_buffer_count(void)
+{
+    return atomic_load(&live);
+}
+
+static void dispose(hold_buffer *self)
+{
+    if (self->base)
+        hold_sys_munmap(self->base, self->span);
+    free(self);
+    atomic_fetch_sub(&live, 1);
+}
+
+/* A buffer with one owner and no memory yet. NULL where there is no memory. */
+static hold_buffer *make(size_t nbytes)
+{
+    hold_buffer *self = calloc(1, sizeof *self);
+    if (self) {
+        atomic_init(&self->owners, 1);
+        self->data = &nothing;
+        self->nbytes = nbytes;
+        self->dispose = dispose;
+        atomic_fetch_add(&live, 1);
+    }
+    return self;
+}
+
+static size_t page_size(void)
+{
+    return (size_t)sysconf(_SC_PAGESIZE);
+}
+
+/* `nbytes` up to a multiple of the power of two `unit`; 0 where that overflows. */
+static size_t round_up(size_t nbytes, size_t unit)
+{
+    return (nbytes + unit - 1) & ~(unit - 1);
+}
+
+/*
+ * Reserve address space of `span` bytes (a multiple of the page size) whose start is congruent to
+ * `phase` modulo HUGE.
+ */
+static int reserve(size_t span, size_t phase, int prot, char **out)
+{
+    size_t room;
+    void *base;
+    if (__builtin_add_overflow(span, HUGE, &room))
+        return -ENOMEM;
+    int rc = HOLD_RETRY(hold_sys_mmap(NULL, room, prot,
+                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &base));
+    if (rc < 0)
+        return rc;
+    char *start = base;
+    size_t lead = (phase - (uintptr_t)base) & (HUGE - 1);
+    if (lead)
+        hold_sys_munmap(start, lead);
+    hold_sys_munmap(start + lead + span, HUGE - lead);
+    *out = start + lead;
+    return 0;
+}
+
+int hold_buffer_alloc(size_t nbytes, hold_buffer **out)
+{
+    size_t span = round_up(nbytes, page_size());
+    if (span < nbytes)
+        return -ENOMEM;
+    hold_buffer *self = make(nbytes);
+    int rc = self ? 0 : -ENOMEM;
+    char *data = NULL;
+    if (rc == 0 && nbytes >= HUGE) {
+        rc = reserve(span, 0, PROT_READ | PROT_WRITE, &data);
+        if (rc == 0) /* a wish: without it the memory is only slower */
+            (void)hold_sys_madvise(data, span, MADV_HUGEPAGE);
+    } else if (rc == 0 && nbytes) {
+        void *base;
+        rc = HOLD_RETRY(hold_sys_mmap(NULL, span, PROT_READ | PROT_WRITE,
+                                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0, &base));
+        data = rc < 0 ? NULL : base;
+    }
+    if (rc < 0) {
+        if (self)
+            hold_buffer_release(self);
+        return rc;
+    }
+    if (data) {
+        self->data = self->base = data;
+        self->span = span;
+    }
+    *out = self;
+    return 0;
+}
+
+int hold_buffer_map(int fd, uint64_t offset, size_t nbytes, hold_buffer **out)
+{
+    uint64_t begin = offset & ~(uint64_t)(page_size() - 1);
+    size_t lead = (size_t)(offset - begin), span;
+    if (offset > INT64_MAX || __builtin_add_overflow(lead, nbytes, &span) ||
+        round_up(span, page_size()) < span)
+        return -EOVERFLOW;
+    span = round_up(span, page_size());
+    hold_buffer *self = make(nbytes);
+    if (!self)
+        return -ENOMEM;
+    *out = self;
+    if (nbytes == 0)
+        return 0;
+    /* Congruent to the offset modulo 2 MiB, so that large folios can be mapped as such. */
+    char *place = NULL;
+    int fixed = 0;
+    int rc = 0;
+    if (nbytes >= HUGE) {
+        rc = reserve(span, (size_t)(begin & (HUGE - 1)), PROT_NONE, &place);
+        fixed = MAP_FIXED;
+    }
+    void *base = NULL;
+    if (rc == 0)
+        rc = HOLD_RETRY(hold_sys_mmap(place, span, PROT_READ | PROT_WRITE,
+                                      MAP_PRIVATE | MAP_NORESERVE | fixed, fd, (off_t)begin,
+                                      &base));
+    if (rc < 0) {
+        if (place)
+            hold_sys_munmap(place, span);
+        hold_buffer_release(self);
+        *out = NULL;
+        return rc;
+    }
+    self->base = base;
+    self->span = span;
+    self->data = (char *)base + lead;
+    return 0;
+}
+
+int hold_filesystem(int fd, uint64_t *out)
+{
+    struct statfs st;
+    int rc = HOLD_RETRY(hold_sys_fstatfs(fd, &st));
+    *out = rc < 0 ? 0 : (uint64_t)st.f_type & UINT32_MAX;
+    return rc < 0 ? rc : 0;
+}
+
+/* ---- what of a map is in memory ------------------------------------------------------------ */
+
+typedef struct {
+    hold_job job;
+    char *begin, *end; /* whole pages */
+} prefetch;
+
+static int prefetch_step(void *context, size_t i, hold_worker *worker)
+{
+    prefetch *self = context;
+    char *from = self->begin + i * PREFETCH_STEP;
+    size_t nbytes = (size_t)(self->end - from);
+    (void)worker;
+    if (nbytes > PREFETCH_STEP)
+        nbytes = PREFETCH_STEP;
+#ifdef MADV_POPULATE_READ
+    int populated = HOLD_RETRY(hold_sys_madvise(from, nbytes, MADV_POPULATE_READ));
+    if (populated != -EINVAL) /* which a kernel older than 5.14 says */
+        return populated;
+#endif
+    int rc = HOLD_RETRY(hold_sys_madvise(from, nbytes, MADV_WILLNEED));
+    for (size_t at = 0; rc >= 0 && at < nbytes; at += page_size())
+        (void)*(volatile const char *)(from + at);
+    return rc;
+}
+
+int hold_prefetch(const void *data, size_t nbytes, int threads)
+{
+    if (nbytes == 0)
+        return 0;
+    static const hold_options quiet = {0};
+    uintptr_t page = page_size();
+    char *start = (char *)(uintptr_t)data;
+    prefetch self = {
+        .begin = start - (uintptr_t)start % page,
+        .end = start + nbytes,
+    };
+    self.end += (page - (uintptr_t)self.end % page) % page;
+    self.job = (hold_job){.task = prefetch_step, .context = &self, .options = &quiet};
+    size_t steps = ((size_t)(self.end - self.begin) + PREFETCH_STEP - 1) / PREFETCH_STEP;
+    return hold_job_run(&self.job, 0, steps, threads > 0 ? threads : hold_cpu_count() + 2);
+}
+
+int hold_populate_cached(const void *data, size_t nbytes, size_t most, int threads, bool *out)
+{
+    *out = false;
+    if (nbytes < POPULATE_MIN || nbytes > most)
+        return 0;
+    size_t page = page_size();
+    char *begin = (char *)(uintptr_t)data - (uintptr_t)data % page;
+    size_t pages = ((size_t)((char *)(uintptr_t)data + nbytes - begin) + page - 1) / page;
+    for (size_t i = 0; i < POPULATE_SAMPLES; i++) {
+        unsigned char in;
+        /* The first page and the last are among them. */
+        size_t at = i < POPULATE_SAMPLES - 1 ? pages / POPULATE_SAMPLES * i : pages - 1;
+        int rc = HOLD_RETRY(hold_sys_mincore(begin + at * page, page, &in));
+        if (rc < 0 || !(in & 1))
+            return rc;
+    }
+    int rc = hold_prefetch(data, nbytes, threads);
+    *out = rc == 0;
+    return rc;
+}
+
+int hold_resident(const void *data, size_t nbytes, uint64_t *out)
+{
+    unsigned char in[RESIDENT_PAGES];
+    size_t page = page_size();
+    char *from = (char *)(uintptr_t)data, *end = from + nbytes;
+    uint64_t resident = 0;
+    while (from < end) {
+        char *base = from - (uintptr_t)from % page;
+        size_t pages = ((size_t)(end - base) + page - 1) / page;
+        if (pages > RESIDENT_PAGES)
+            pages = RESIDENT_PAGES;
+        int rc = HOLD_RETRY(hold_sys_mincore(base, pages * page, in));
+        if (rc < 0)
+            return rc;
+        for (size_t i = 0; i < pages; i++) {
+            char *next = base + (i + 1) * page;
+            resident += in[i] & 1 ? (uint64_t)((next < end ? next : end) - from) : 0;
+            from = next;
+        }
+    }
+    *out = resident;
+    return 0;
+}

@@ -1,0 +1,35 @@
+"""What every test shares: the check that no memory of the engine outlives a test."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from holdfast import _engine
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def no_buffer_left() -> Iterator[None]:
+    """Every mapping and allocation made during a test is gone after it."""
+    before = _engine.live_buffers()
+    yield
+    if _engine.live_buffers() > before:
+        gc.collect()
+    assert _engine.live_buffers() <= before, "a test left buffers of the engine alive"
+
+
+@pytest.fixture
+def golden() -> Path:
+    """The folder of files whose bytes are fixed."""
+    return GOLDEN
+
+
+@pytest.fixture
+def listing(tmp_path: Path) -> object:
+    """Names in the temporary directory, sorted: a callable."""
+    return lambda: sorted(path.name for path in tmp_path.iterdir())
