@@ -18,8 +18,10 @@ from setuptools import Extension, setup
 
 CSRC = Path("csrc")
 HEADERS = sorted(str(path) for path in CSRC.glob("*.h"))
-ENGINE = ["sys", "threads", "crc", "strided", "memory", "segments", "write", "read", "publish"]
-HEADER = ["header_scan", "header_emit", "crc"]
+ENGINE = ["sys", "threads", "crc", "crc_x86", "strided", "memory", "segments", "write", "read"]
+ENGINE += ["uncached", "draft", "publish"]
+HEADER = ["json", "header_names", "header_check", "header_scan", "header_compact", "header_emit"]
+HEADER += ["crc", "crc_x86"]
 
 define = [("_GNU_SOURCE", "1"), ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
 compile_args = ["-std=c11", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
@@ -59,7 +61,7 @@ extensions = [
     extension("holdfast._engine", ENGINE),
     extension("holdfast.formats._header", HEADER),
     extension("holdfast.adapters._numpy", [], (numpy.get_include(),)),
-    extension("holdfast.adapters._dlpack", []),
+    extension("holdfast.adapters._dlpack", ["dlpack"]),
 ]
 if only := os.environ.get("HOLDFAST_ONLY"):
     wanted = only.split(",")

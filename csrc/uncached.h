@@ -1,0 +1,57 @@
+/*
+ * uncached.h - which bytes of a file are in the page cache, and a way to the others past it.
+ *
+ * An origin is a file that a call reads from: the caller's descriptor, and, once bytes are met that
+ * are not in the page cache, a second one for the same file with O_DIRECT, opened through
+ * /proc/self/fd. What cannot be had (no /proc, no permission, a file system that is not known to
+ * do it well, no way to ask what is cached) is refused once and for the whole call; then all is
+ * read through the page cache, as if this file did not exist. Asking brings nothing into the cache
+ * and starts no readahead; that is why it is not preadv2(RWF_NOWAIT), which does both.
+ */
+#ifndef HOLD_UNCACHED_H
+#define HOLD_UNCACHED_H
+
+#include <pthread.h>
+
+#include "hold.h"
+
+/* Asked about at a time where a range is cached in part; cached and uncached stretches begin at its
+ * multiples. */
+#define HOLD_UNCACHED_UNIT ((uint64_t)512 << 10)
+/* Offsets and lengths may have to be multiples of this much, and of no more, in direct reads. */
+#define HOLD_UNCACHED_ALIGN_MAX ((size_t)64 << 10)
+
+typedef struct hold_origin {
+    int fd;             /* the caller's */
+    int direct;         /* the second one; -1 while it is not open */
+    atomic_bool asked;  /* the fields below it and `direct` are what they will be */
+    atomic_bool refused;
+    size_t mem_align;   /* what direct reads ask of memory: a power of two, like ... */
+    uint64_t align;     /* ... that of offsets and lengths; mem_align is no larger */
+    atomic_bool mapped; /* cachestat(2) is missing: mincore(2) of this map, of */
+    char *map;          /* [0, map_nbytes) */
+    size_t map_nbytes;
+} hold_origin;
+
+typedef struct hold_origins {
+    hold_origin *files; /* NULL: everything through the page cache */
+    size_t n;
+    pthread_mutex_t lock; /* one at a time opens and maps */
+} hold_origins;
+
+/* Begin with n files. Where there is no memory, everything goes through the page cache. */
+void hold_origins_begin(hold_origins *self, const int *fds, size_t n);
+/* Close and unmap what was opened; the fds are the caller's. */
+void hold_origins_end(hold_origins *self);
+
+/*
+ * The file, ready for direct reads, if the bytes from `begin` on are to be read so, else NULL.
+ * *end, at most `stop`, is where that changes. Threads: any number at once.
+ */
+const hold_origin *hold_origins_ask(hold_origins *self, uint32_t file, uint64_t begin,
+                                    uint64_t stop, uint64_t *end);
+
+/* Read no more of this file directly: it was refused. */
+void hold_origins_refuse(hold_origins *self, uint32_t file);
+
+#endif

@@ -1,0 +1,298 @@
+/* Writing segments: gathered chunk by chunk, or straight from where they are. */
+#include "hold.h"
+
+#include "segments.h"
+#include "strided.h"
+#include "sys.h"
+#include "threads.h"
+
+#include <assert.h>
+#include <string.h>
+
+#define DIRECT_MIN ((uint64_t)4 << 20)   /* less than this is not worth O_DIRECT */
+#define PREALLOCATE_MIN ((uint64_t)1 << 20)
+#define ALIGN_MIN 4096u                  /* of offsets and lengths under O_DIRECT */
+#define BLOCK ((size_t)128 << 10)        /* copied, then summed, while it is in cache */
+#define PIECE ((size_t)1 << 20)          /* written at a time through the page cache */
+#define STRAIGHT_MIN ((size_t)64 << 10)  /* from here on a piece is written where it is */
+#define DIRECT_WORKERS 6
+#define BUFFERED_WORKERS 2
+
+typedef struct {
+    hold_job job;
+    int fd;
+    hold_segment *segments;
+    size_t n;
+    hold_plan plan;
+    bool checksum;
+    atomic_bool direct;  /* O_DIRECT is set on fd */
+    size_t mem_align;    /* of memory under O_DIRECT; a power of two, like ... */
+    uint64_t align;      /* ... that of offsets and lengths */
+    uint64_t begin, end; /* the range of the file */
+    bool padded;         /* the last chunk is written up to a multiple of align */
+    hold_report *report;
+} writer;
+
+/* ---- one chunk ---------------------------------------------------------------------------- */
+
+static int fail(writer *w, int error, uint64_t offset)
+{
+    if (hold_job_fail(&w->job, error)) {
+        w->report->segment = hold_segments_find(w->segments, w->n, NULL, offset);
+        w->report->offset = offset;
+    }
+    return error;
+}
+
+static void sum(const writer *w, const hold_piece *piece, const void *data, size_t nbytes)
+{
+    if (w->checksum)
+        *piece->crc = hold_crc32(*piece->crc, data, nbytes);
+}
+
+/* Go on without O_DIRECT. Whichever worker is refused first does it for all. */
+static int drop_direct(writer *w)
+{
+    int flags = HOLD_RETRY(hold_sys_fcntl(w->fd, F_GETFL, 0));
+    int rc = flags < 0 ? flags : HOLD_RETRY(hold_sys_fcntl(w->fd, F_SETFL, flags & ~O_DIRECT));
+    if (rc >= 0)
+        atomic_store(&w->direct, false);
+    return rc < 0 ? rc : 0;
+}
+
+/* Write all of it. Bytes past the end of the segments are padding and do not count as done. */
+static int put(writer *w, hold_worker *worker, const char *data, size_t nbytes, uint64_t offset)
+{
+    while (nbytes) {
+        bool direct = atomic_load(&w->direct);
+        ssize_t put = hold_sys_pwrite(w->fd, data, nbytes, (off_t)offset);
+        if (put == -EINTR)
+            continue;
+        int rc = put < 0 ? (int)put : put == 0 ? HOLD_ESTALL : 0;
+        if (rc == -EINVAL && direct && (rc = drop_direct(w)) == 0)
+            continue;
+        if (rc)
+            return fail(w, rc, offset);
+        uint64_t left = offset < w->end ? w->end - offset : 0;
+        rc = hold_job_advance(&w->job, worker, left < (uint64_t)put ? left : (size_t)put);
+        if (rc)
+            return rc;
+        data += put;
+        offset += (uint64_t)put;
+        nbytes -= (size_t)put;
+    }
+    return 0;
+}
+
+/* Copy the first `nbytes` of a piece to `out`, and sum them. */
+static void gather(const writer *w, const hold_piece *piece, size_t nbytes, char *out)
+{
+    const hold_segment *s = piece->segment;
+    if (s->layout) {
+        hold_strided_gather(s->layout, s->data, piece->skipped, piece->skipped + nbytes, out);
+        sum(w, piece, out, nbytes);
+        return;
+    }
+    const char *from = hold_piece_data(piece);
+    for (size_t n; nbytes; nbytes -= n, from += n, out += n) {
+        n = nbytes < BLOCK ? nbytes : BLOCK;
+        memcpy(out, from, n);
+        sum(w, piece, out, n);
+    }
+}
+
+/* Through the page cache: large pieces from where they are, small ones gathered. */
+static int put_buffered(writer *w, hold_chunk *chunk, hold_worker *worker)
+{
+    char *buffer = NULL;
+    size_t filled = 0, take;
+    hold_piece piece = hold_chunk_begin(chunk, w->segments);
+    for (; piece.nbytes; piece = hold_chunk_next(chunk, &piece, take)) {
+        bool straight = hold_piece_dense(&piece) && piece.nbytes >= STRAIGHT_MIN;
+        size_t room = w->job.buffer_nbytes;
+        if (!piece.segment->layout && room > PIECE)
+            room = PIECE;
+        if (filled && (straight || filled >= room)) {
+            int rc = put(w, worker, buffer, filled, piece.offset - filled);
+            if (rc)
+                return rc;
+            filled = 0;
+        }
+        if (straight) {
+            take = piece.nbytes < PIECE ? (size_t)piece.nbytes : PIECE;
+            sum(w, &piece, hold_piece_data(&piece), take);
+            int rc = put(w, worker, hold_piece_data(&piece), take, piece.offset);
+            if (rc)
+                return rc;
+        } else {
+            int rc = hold_worker_buffer(&w->job, worker, &buffer);
+            if (rc)
+                return fail(w, rc, piece.offset);
+            take = room - filled < piece.nbytes ? room - filled : (size_t)piece.nbytes;
+            gather(w, &piece, take, buffer + filled);
+            filled += take;
+        }
+    }
+    return filled ? put(w, worker, buffer, filled, chunk->end - filled) : 0;
+}
+
+/* With O_DIRECT: whole chunks, of which all but the last of the file has an aligned length. */
+static int put_direct(writer *w, hold_chunk *chunk, hold_worker *worker)
+{
+    hold_piece piece = hold_chunk_begin(chunk, w->segments);
+    if (hold_piece_dense(&piece) && (uintptr_t)hold_piece_data(&piece) % w->mem_align == 0) {
+        /* What of the chunk this one segment fills, straight from where it is. */
+        size_t n = (size_t)(piece.nbytes & ~(w->align - 1));
+        if (n && n == ((chunk->end - chunk->begin) & ~(w->align - 1))) {
+            sum(w, &piece, hold_piece_data(&piece), n);
+            int rc = put(w, worker, hold_piece_data(&piece), n, piece.offset);
+            if (rc)
+                return rc;
+            piece = hold_chunk_next(chunk, &piece, n);
+        }
+    }
+    if (!piece.nbytes)
+        return 0;
+    uint64_t begin = piece.offset;
+    char *buffer;
+    int rc = hold_worker_buffer(&w->job, worker, &buffer);
+    if (rc)
+        return fail(w, rc, begin);
+    for (; piece.nbytes; piece = hold_chunk_next(chunk, &piece, piece.nbytes))
+        gather(w, &piece, (size_t)piece.nbytes, buffer + (piece.offset - begin));
+    size_t nbytes = (size_t)(chunk->end - begin);
+    size_t padding = (size_t)(-nbytes & (w->align - 1));
+    assert(nbytes + padding <= w->job.buffer_nbytes && (!padding || w->padded));
+    memset(buffer + nbytes, 0, padding);
+    return put(w, worker, buffer, nbytes + padding, begin);
+}
+
+static int put_chunk(void *context, size_t i, hold_worker *worker)
+{
+    writer *w = context;
+    return (atomic_load(&w->direct) ? put_direct : put_buffered)(w, &w->plan.chunks[i], worker);
+}
+
+/* ---- the whole ---------------------------------------------------------------------------- */
+
+/* What O_DIRECT asks of the file, or false where it is of no use. */
+static bool ask_direct(writer *w, const hold_options *options)
+{
+    uint32_t memory = 0, offset = 0;
+    if (!options->direct || w->plan.nbytes < DIRECT_MIN)
+        return false;
+    if (hold_sys_statx_dio(w->fd, &memory, &offset) < 0 || !offset)
+        memory = offset = ALIGN_MIN; /* not said: what any device takes */
+    w->mem_align = memory ? memory : 1;
+    w->align = offset < ALIGN_MIN ? ALIGN_MIN : offset;
+    return (w->align & (w->align - 1)) == 0 && w->align <= (uint64_t)1 << 20;
+}
+
+/* Room on the device for all of it, if the file system can tell beforehand. */
+static int preallocate(writer *w, uint64_t end)
+{
+    if (w->plan.nbytes < PREALLOCATE_MIN)
+        return 0;
+    int rc = HOLD_RETRY(hold_sys_fallocate(w->fd, 0, (off_t)w->begin, (off_t)(end - w->begin)));
+    if (rc == -EOPNOTSUPP || rc == -ENOTSUP || rc == -EINVAL || rc == -ENOSYS)
+        return 0;
+    return rc < 0 ? rc : 0;
+}
+
+/*
+ * The chunks before the first multiple of align and after the last go through the page cache, the
+ * others past it; all do where O_DIRECT is refused.
+ */
+static int put_all(writer *w, const hold_options *options, bool direct, const uint64_t cuts[2])
+{
+    size_t first = 0, stop = w->plan.n;
+    int workers = options->threads > 0 ? options->threads : BUFFERED_WORKERS;
+    if (!direct)
+        return hold_job_run(&w->job, 0, stop, workers);
+    if (stop && w->plan.chunks[0].end == cuts[0])
+        first = 1;
+    if (stop > first && w->plan.chunks[stop - 1].begin == cuts[1])
+        stop--;
+    int rc = hold_job_run(&w->job, 0, first, 1);
+    if (rc == 0)
+        rc = hold_job_run(&w->job, stop, w->plan.n, 1);
+    if (rc)
+        return rc;
+    int flags = HOLD_RETRY(hold_sys_fcntl(w->fd, F_GETFL, 0));
+    if (flags < 0)
+        return fail(w, flags, w->begin);
+    rc = HOLD_RETRY(hold_sys_fcntl(w->fd, F_SETFL, flags | O_DIRECT));
+    if (rc < 0 && rc != -EINVAL)
+        return fail(w, rc, w->begin);
+    if (rc == 0) {
+        atomic_store(&w->direct, true);
+        workers = options->threads > 0 ? options->threads : DIRECT_WORKERS;
+    }
+    int done = hold_job_run(&w->job, first, stop, workers);
+    w->report->direct = atomic_load(&w->direct);
+    rc = HOLD_RETRY(hold_sys_fcntl(w->fd, F_SETFL, flags));
+    return done ? done : rc < 0 ? fail(w, rc, w->begin) : 0;
+}
+
+static int begin_write(writer *w, const hold_options *options, bool *direct, uint64_t cuts[2])
+{
+    struct stat st;
+    int rc = HOLD_RETRY(hold_sys_fstat(w->fd, &st));
+    if (rc < 0)
+        return rc;
+    *direct = ask_direct(w, options);
+    uint64_t end = w->end, mask = w->align - 1;
+    if (*direct) {
+        cuts[0] = (w->begin + mask) & ~mask;
+        if (cuts[0] == w->begin)
+            cuts[0] = 0;
+        w->padded = (uint64_t)st.st_size <= w->end && (w->end & mask);
+        if (w->padded)
+            end = (w->end + mask) & ~mask;
+        else if (w->end & mask)
+            cuts[1] = w->end & ~mask;
+    }
+    return preallocate(w, end);
+}
+
+int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *options,
+               hold_report *report)
+{
+    writer w = {.fd = fd, .segments = segments, .n = n, .report = report, .align = ALIGN_MIN};
+    uint64_t cuts[2] = {0, 0};
+    bool direct;
+    *report = (hold_report){.segment = -1};
+    int rc = hold_segments_check(segments, n, 0, false, false, report);
+    if (rc)
+        return rc;
+    size_t low = 0, high = n;
+    while (high && segments[high - 1].nbytes == 0)
+        high--;
+    while (low < high && segments[low].nbytes == 0)
+        low++;
+    if (low < high) {
+        w.begin = segments[low].offset;
+        w.end = segments[high - 1].offset + segments[high - 1].nbytes;
+    }
+    w.plan.nbytes = w.end - w.begin;
+    w.checksum = options->checksum;
+    rc = begin_write(&w, options, &direct, cuts);
+    if (rc)
+        return rc;
+    uint64_t step =
+        hold_plan_step(w.plan.nbytes, options->threads > 0 ? options->threads : DIRECT_WORKERS);
+    rc = hold_plan_make(segments, n, false, step, cuts, options->checksum, &w.plan);
+    if (rc)
+        return rc;
+    w.job = (hold_job){.task = put_chunk, .context = &w, .options = options,
+                       .buffer_nbytes = (size_t)step};
+    rc = put_all(&w, options, direct, cuts);
+    if (rc == 0 && w.padded)
+        rc = HOLD_RETRY(hold_sys_ftruncate(fd, (off_t)w.end));
+    if (rc == 0)
+        rc = hold_job_finish(&w.job);
+    if (rc == 0 && options->checksum)
+        hold_plan_join_crcs(&w.plan, segments);
+    hold_plan_free(&w.plan);
+    return rc < 0 ? rc : 0;
+}

@@ -1,0 +1,456 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The C engine, as Python sees it. Each function takes the memory, calls C without the GIL, checks."""
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport strerror
+
+from holdfast._buffer cimport Buffer, hold_buffer
+
+import errno
+import os
+
+from .errors import FormatError
+
+__all__ = [
+    "Publication", "allocate", "crc32", "crc32_combine", "crc32_variants", "fault_arm",
+    "fault_ban", "fault_hit", "filesystem", "live_buffers", "map_file", "populate_cached",
+    "prefetch", "read", "resident", "write",
+]
+
+
+cdef extern from "<stdbool.h>" nogil:
+    ctypedef bint boolean "bool"
+
+
+cdef extern from "hold.h" nogil:
+    const int HOLD_ESHORT
+    const int HOLD_ESTALL
+    const int HOLD_EABORT
+    const int HOLD_ERULE
+    const int HOLD_MAX_NDIM
+
+    int hold_buffer_alloc(size_t nbytes, hold_buffer **out)
+    int hold_buffer_map(int fd, uint64_t offset, size_t nbytes, hold_buffer **out)
+    size_t hold_buffer_count()
+    int hold_filesystem(int fd, uint64_t *out)
+    int hold_prefetch(const void *data, size_t nbytes, int threads)
+    int hold_populate_cached(const void *data, size_t nbytes, size_t most, int threads, boolean *out)
+    int hold_resident(const void *data, size_t nbytes, uint64_t *out)
+
+    uint32_t hold_crc32(uint32_t crc, const void *data, size_t nbytes)
+    uint32_t hold_crc32_combine(uint32_t a, uint32_t b, uint64_t nbytes_b)
+    bint hold_crc32_variant(size_t which, uint32_t *crc, const void *data, size_t nbytes)
+
+    ctypedef struct hold_layout:
+        const int64_t *shape
+        const int64_t *strides
+        int32_t ndim
+        int32_t itemsize
+        int32_t swap
+
+    ctypedef struct hold_segment:
+        uint64_t offset
+        uint64_t nbytes
+        const hold_layout *layout
+        uint32_t file
+
+    ctypedef int (*hold_progress)(void *context, uint64_t done) noexcept nogil
+
+    ctypedef struct hold_options:
+        int threads
+        bint checksum
+        bint direct
+        hold_progress progress
+        void *context
+
+    ctypedef struct hold_report:
+        int64_t segment
+        uint64_t offset
+        uint32_t file
+        bint direct
+
+    int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *options,
+                   hold_report *report)
+    int hold_read(const int *fds, size_t nfds, hold_segment *segments, size_t n,
+                  const hold_options *options, hold_report *report)
+
+    ctypedef struct hold_publication:
+        pass
+
+    int hold_publish_begin(const char *path, hold_publication **out)
+    int hold_publish_fd(const hold_publication *self)
+    int hold_publish_commit(hold_publication *self, bint durable)
+    void hold_publish_abort(hold_publication *self)
+
+    uint64_t hold_fault_arm(uint64_t n, int error)
+    void hold_fault_ban(const char *name, int error)
+    const char *hold_fault_hit()
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+cdef object check(int rc, object filename=None):
+    """Raise what the code of a C function stands for, unless that is success."""
+    if rc == 0:
+        return
+    code = errno.EIO if rc == HOLD_ESTALL else -rc
+    text = strerror(code).decode("utf-8", "replace")
+    if rc == HOLD_ESTALL:
+        text = "a transfer makes no progress"
+    if filename is None:
+        raise OSError(code, text)
+    raise OSError(code, text, filename)
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+def allocate(size_t nbytes):
+    """Zeroed memory: page-aligned; 2 MiB and more in huge pages where the system has them."""
+    cdef hold_buffer *handle = NULL
+    cdef int rc
+    with nogil:
+        rc = hold_buffer_alloc(nbytes, &handle)
+    if rc and rc == -errno.ENOMEM:
+        raise MemoryError(f"cannot allocate {nbytes} bytes")
+    check(rc)
+    return Buffer.adopt(handle)
+
+
+def map_file(int fd, uint64_t offset, size_t nbytes, filename=None):
+    """The bytes ``[offset, offset + nbytes)`` of a file, mapped private and writable.
+
+    The caller has checked that the file is that long. `fd` may be closed afterwards.
+    """
+    cdef hold_buffer *handle = NULL
+    cdef int rc
+    with nogil:
+        rc = hold_buffer_map(fd, offset, nbytes, &handle)
+    check(rc, filename)
+    return Buffer.adopt(handle)
+
+
+def filesystem(int fd):
+    """The kind of file system that a file is on: the magic number of ``statfs(2)``."""
+    cdef uint64_t magic = 0
+    cdef int rc
+    with nogil:
+        rc = hold_filesystem(fd, &magic)
+    check(rc)
+    return magic
+
+
+cdef char *part(Buffer buffer, size_t offset, size_t nbytes) except? NULL:
+    """The address of a part of a buffer."""
+    if offset > buffer.handle.nbytes or nbytes > buffer.handle.nbytes - offset:
+        raise ValueError(
+            f"bytes [{offset}, {offset + nbytes}) of a buffer of {buffer.handle.nbytes} bytes"
+        )
+    return <char *>buffer.handle.data + offset
+
+
+def prefetch(Buffer buffer not None, size_t offset, size_t nbytes, int threads=0):
+    """Bring a part of a mapping into memory."""
+    cdef char *data = part(buffer, offset, nbytes)
+    cdef int rc
+    with nogil:
+        rc = hold_prefetch(data, nbytes, threads)
+    check(rc)
+
+
+def populate_cached(Buffer buffer not None, size_t most, int threads=0):
+    """Fill in the page tables of a mapping of at most `most` bytes, if its file is in memory.
+
+    Whether that was done.
+    """
+    cdef boolean done = False
+    cdef int rc
+    with nogil:
+        rc = hold_populate_cached(buffer.handle.data, buffer.handle.nbytes, most, threads, &done)
+    check(rc)
+    return bool(done)
+
+
+def resident(Buffer buffer not None, size_t offset, size_t nbytes):
+    """How many bytes of a part of a mapping are in memory."""
+    cdef char *data = part(buffer, offset, nbytes)
+    cdef uint64_t found = 0
+    cdef int rc
+    with nogil:
+        rc = hold_resident(data, nbytes, &found)
+    check(rc)
+    return found
+
+
+def live_buffers():
+    """How many buffers the process has."""
+    return hold_buffer_count()
+
+
+# ---- checksums ---------------------------------------------------------------------------------
+
+def crc32(const unsigned char[::1] data not None, uint32_t value=0):
+    """The CRC-32 of `data`, continuing that of the bytes before it: ``zlib.crc32``, but faster."""
+    cdef size_t nbytes = data.shape[0]
+    with nogil:
+        if nbytes:
+            value = hold_crc32(value, &data[0], nbytes)
+    return value
+
+
+def crc32_combine(uint32_t a, uint32_t b, uint64_t nbytes_b):
+    """The CRC-32 of A followed by B, from those of A and of B and the length of B."""
+    return hold_crc32_combine(a, b, nbytes_b)
+
+
+def crc32_variants(const unsigned char[::1] data not None, uint32_t value=0):
+    """What each way to compute :func:`crc32` that this machine has gives, the portable one first."""
+    cdef list found = []
+    cdef size_t nbytes = data.shape[0]
+    cdef const unsigned char *bytes_ = &data[0] if nbytes else NULL
+    cdef uint32_t crc = value
+    while hold_crc32_variant(len(found), &crc, bytes_, nbytes):
+        found.append(crc)
+        crc = value
+    return found
+
+
+# ---- moving bytes ------------------------------------------------------------------------------
+
+cdef class Segments:
+    """The rows of a SEGMENT array, with their layouts set while this object lives."""
+
+    cdef unsigned char[::1] view
+    cdef hold_segment *rows
+    cdef size_t n
+    cdef size_t used           # how many rows have a layout
+    cdef size_t *at            # which ones
+    cdef hold_layout *layouts  # one for each of those
+    cdef int64_t *dims
+
+    def __cinit__(self, segments, layouts):
+        if segments.dtype.itemsize != sizeof(hold_segment):
+            raise TypeError(
+                f"segments: rows of {segments.dtype.itemsize} bytes, not {sizeof(hold_segment)}"
+            )
+        self.n = len(segments)
+        if self.n == 0:
+            return
+        self.view = segments.view("u1")
+        self.rows = <hold_segment *>&self.view[0]
+        if layouts:
+            self.take(list(layouts))
+
+    def __dealloc__(self):
+        for k in range(self.used):
+            self.rows[self.at[k]].layout = NULL
+        free(self.at)
+        free(self.layouts)
+        free(self.dims)
+
+    cdef take(self, list layouts):
+        cdef size_t at = 0
+        cdef size_t k = 0
+        cdef size_t total = sum([len(row[1]) for row in layouts])
+        cdef hold_layout *layout
+        self.layouts = <hold_layout *>calloc(len(layouts), sizeof(hold_layout))
+        self.dims = <int64_t *>calloc(2 * total + 1, sizeof(int64_t))
+        self.at = <size_t *>calloc(len(layouts), sizeof(size_t))
+        if self.layouts is NULL or self.dims is NULL or self.at is NULL:
+            raise MemoryError
+        for i, shape, strides, itemsize, swap in layouts:
+            if not 0 <= i < self.n or len(shape) != len(strides) or len(shape) > HOLD_MAX_NDIM:
+                raise ValueError(f"segment {i}: shape {shape}, strides {strides}")
+            layout = &self.layouts[k]
+            layout.shape = &self.dims[at]
+            layout.strides = &self.dims[total + at]
+            layout.ndim = len(shape)
+            layout.itemsize = itemsize
+            layout.swap = swap
+            for d in range(len(shape)):
+                self.dims[at + <size_t>d] = shape[d]
+                self.dims[total + at + <size_t>d] = strides[d]
+            at += len(shape)
+            self.rows[<size_t>i].layout = layout
+            self.at[k] = i
+            k += 1
+            self.used = k
+
+
+cdef class Caller:
+    """The Python side of a transfer: its progress callable, and what that raised."""
+
+    cdef object progress
+    cdef object raised
+
+    cdef int call(self, uint64_t done) noexcept:
+        try:
+            PyErr_CheckSignals()
+            if self.progress is not None:
+                self.progress(done)
+        except BaseException as error:
+            self.raised = error
+            return 1
+        return 0
+
+
+cdef int call_back(void *context, uint64_t done) noexcept nogil:
+    with gil:
+        return (<Caller>context).call(done)
+
+
+cdef object check_transfer(int rc, hold_report *report, Segments rows, Caller caller, filename):
+    """Raise what a transfer failed with."""
+    if rc == 0:
+        return
+    if rc == HOLD_EABORT:
+        raise caller.raised
+    if rc == HOLD_ERULE:
+        row = rows.rows[report.segment]
+        raise ValueError(
+            f"{filename}: segment {report.segment} of {rows.n}, {row.nbytes} bytes at offset "
+            f"{row.offset} of file {row.file}: out of order, or its file, memory or layout is not "
+            "what it should be"
+        )
+    if rc == HOLD_ESHORT:
+        row = rows.rows[report.segment]
+        raise FormatError(
+            f"{filename}: needs {row.nbytes} bytes at offset {row.offset}, "
+            f"file ends at {report.offset}"
+        )
+    check(rc, filename)
+
+
+def write(int fd, segments, *, layouts=None, int threads=0, bint checksum=True, bint direct=False,
+          progress=None, filename=None):
+    """Write segments, which lie end to end in the file; whether O_DIRECT was used."""
+    cdef Segments rows = Segments(segments, layouts)
+    cdef Caller caller = Caller()
+    cdef hold_report report
+    cdef hold_options options
+    cdef int rc
+    caller.progress = progress
+    options.threads = threads
+    options.checksum = checksum
+    options.direct = direct
+    options.progress = call_back
+    options.context = <void *>caller
+    with nogil:
+        rc = hold_write(fd, rows.rows, rows.n, &options, &report)
+    check_transfer(rc, &report, rows, caller, filename)
+    return report.direct
+
+
+def read(fds, segments, *, layouts=None, int threads=0, bint checksum=True, progress=None,
+         filenames=None):
+    """Read segments of one or several files."""
+    cdef Segments rows = Segments(segments, layouts)
+    cdef Caller caller = Caller()
+    cdef hold_report report
+    cdef hold_options options
+    cdef size_t nfds = len(fds)
+    cdef int *files = <int *>calloc(nfds + 1, sizeof(int))
+    cdef int rc
+    if files is NULL:
+        raise MemoryError
+    try:
+        for i in range(nfds):
+            files[i] = fds[i]
+        caller.progress = progress
+        options.threads = threads
+        options.checksum = checksum
+        options.direct = False
+        options.progress = call_back
+        options.context = <void *>caller
+        with nogil:
+            rc = hold_read(files, nfds, rows.rows, rows.n, &options, &report)
+    finally:
+        free(files)
+    named = filenames is not None and report.file < len(filenames)
+    check_transfer(rc, &report, rows, caller, filenames[report.file] if named else None)
+
+
+# ---- publishing --------------------------------------------------------------------------------
+
+cdef class Publication:
+    """A file being written that appears under its name whole, by :meth:`commit`, or not at all.
+
+    As a context manager it is aborted at the end of the block unless it was committed.
+    """
+
+    cdef hold_publication *handle
+    cdef readonly object path
+
+    def __cinit__(self, path):
+        cdef bytes encoded = os.fsencode(path)
+        cdef const char *name = encoded
+        cdef int rc
+        if b"\0" in encoded:
+            raise ValueError(f"embedded null byte in path {path!r}")
+        self.path = os.fspath(path)
+        with nogil:
+            rc = hold_publish_begin(name, &self.handle)
+        check(rc, self.path)
+
+    def __dealloc__(self):
+        if self.handle is not NULL:
+            hold_publish_abort(self.handle)
+
+    cdef hold_publication *end(self) except NULL:
+        cdef hold_publication *handle = self.handle
+        if handle is NULL:
+            raise ValueError(f"{self.path}: the publication has ended")
+        self.handle = NULL
+        return handle
+
+    @property
+    def fd(self):
+        """Descriptor to write to; owned by this object."""
+        if self.handle is NULL:
+            raise ValueError(f"{self.path}: the publication has ended")
+        return hold_publish_fd(self.handle)
+
+    def commit(self, bint durable=True):
+        """Give the file its name; if `durable`, once it is on the device."""
+        cdef hold_publication *handle = self.end()
+        cdef int rc
+        with nogil:
+            rc = hold_publish_commit(handle, durable)
+        check(rc, self.path)
+
+    def abort(self):
+        """Forget the file, unless it was committed or forgotten already."""
+        if self.handle is NULL:
+            return
+        cdef hold_publication *handle = self.end()
+        with nogil:
+            hold_publish_abort(handle)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.abort()
+
+
+# ---- tests -------------------------------------------------------------------------------------
+
+def fault_arm(uint64_t n, int error):
+    """Make the `n`-th system call from now fail with `error`, or go half way where that is 0."""
+    return hold_fault_arm(n, error)
+
+
+def fault_ban(name, int error):
+    """Make every call of this name fail with `error`; None: none."""
+    cdef bytes encoded = b"" if name is None else name.encode()
+    cdef const char *banned = NULL
+    if name is not None:
+        banned = encoded
+    hold_fault_ban(banned, error)
+
+
+def fault_hit():
+    """Name of the call that the last armed fault hit, or None."""
+    cdef const char *name = hold_fault_hit()
+    return None if name is NULL else name.decode()
