@@ -1,0 +1,277 @@
+/* publish.c - a file appears under its name whole, or not at all. */
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "draft.h"
+#include "hold.h"
+#include "sys.h"
+
+enum { MAX_LINKS = 40 }; /* symbolic links followed one after another, as in the kernel */
+
+struct hold_publication {
+    hold_place place;
+    hold_draft draft;
+    bool existed;    /* a regular file had the name when this began ... */
+    struct stat old; /* ... and was this */
+};
+
+/* ---- finding the target ------------------------------------------------------------------- */
+
+/* Open the directory `path`, relative to that of `place`, and make it that of `place`. */
+static int enter_directory(hold_place *place, const char *path)
+{
+    const int flags = O_RDONLY | O_DIRECTORY;
+    int fd = HOLD_RETRY(hold_sys_openat(place->dirfd, path, flags, 0));
+    place->readable = fd != -EACCES;
+    if (!place->readable) /* files can be made in it all the same */
+        fd = HOLD_RETRY(hold_sys_openat(place->dirfd, path, O_PATH | O_DIRECTORY, 0));
+    if (fd < 0)
+        return fd;
+    if (place->dirfd >= 0)
+        hold_sys_close(place->dirfd);
+    place->dirfd = fd;
+    return 0;
+}
+
+/* Take `path`, which is cut apart, relative to the directory of `place`, as the new place. */
+static int enter(hold_place *place, char *path)
+{
+    size_t n = strlen(path);
+    if (n == 0)
+        return -ENOENT;
+    const bool slash = path[n - 1] == '/';
+    while (n > 0 && path[n - 1] == '/')
+        path[--n] = '\0';
+
+    char *last = strrchr(path, '/');
+    const char *name = last != NULL ? last + 1 : path;
+    const char *directory = last != NULL ? path : ".";
+    if (strlen(name) > NAME_MAX)
+        return -ENAMETOOLONG;
+    strcpy(place->name, name);
+    if (n == 0 || last == path)
+        directory = "/";
+    else if (last != NULL)
+        *last = '\0';
+
+    const int rc = enter_directory(place, directory);
+    if (rc < 0)
+        return rc;
+    const bool dots = strcmp(place->name, ".") == 0 || strcmp(place->name, "..") == 0;
+    return slash || dots ? -EISDIR : 0;
+}
+
+/* Find where `path` leads, through symbolic links; fill in place, existed and old. */
+static int find_target(hold_publication *self, const char *path)
+{
+    hold_place *place = &self->place;
+    char text[PATH_MAX];
+    if (strlen(path) >= sizeof text)
+        return -ENAMETOOLONG;
+    strcpy(text, path);
+
+    for (int links = 0; links <= MAX_LINKS; links++) {
+        int rc = enter(place, text);
+        if (rc < 0)
+            return rc;
+        rc = HOLD_RETRY(
+            hold_sys_fstatat(place->dirfd, place->name, &self->old, AT_SYMLINK_NOFOLLOW));
+        if (rc < 0)
+            return rc == -ENOENT ? 0 : rc;
+        if (!S_ISLNK(self->old.st_mode)) {
+            self->existed = true;
+            return 0;
+        }
+        const ssize_t n =
+            HOLD_RETRY(hold_sys_readlinkat(place->dirfd, place->name, text, sizeof text));
+        if (n < 0)
+            return (int)n;
+        if ((size_t)n == sizeof text)
+            return -ENAMETOOLONG;
+        text[n] = '\0';
+    }
+    return -ELOOP;
+}
+
+static int check_kind(const struct stat *st)
+{
+    if (S_ISDIR(st->st_mode))
+        return -EISDIR;
+    return S_ISREG(st->st_mode) ? 0 : -ESPIPE;
+}
+
+static int find_writable_target(hold_publication *self, const char *path)
+{
+    /* The links of /proc (/dev/stdout) lead where their text does not: ask the kernel first. */
+    struct stat st;
+    int rc = HOLD_RETRY(hold_sys_fstatat(AT_FDCWD, path, &st, 0));
+    if (rc == 0)
+        rc = check_kind(&st);
+    if (rc == -EISDIR || rc == -ESPIPE)
+        return rc;
+
+    rc = find_target(self, path);
+    if (rc < 0 || !self->existed)
+        return rc;
+    rc = check_kind(&self->old);
+    if (rc < 0)
+        return rc;
+    /* Replacing a file takes no right to write to it: whoever took that right away meant it. */
+    return HOLD_RETRY(
+        hold_sys_faccessat(self->place.dirfd, self->place.name, W_OK, AT_EACCESS));
+}
+
+/* ---- begin and abort ---------------------------------------------------------------------- */
+
+void hold_publish_abort(hold_publication *self)
+{
+    hold_draft_discard(&self->draft, &self->place);
+    if (self->place.dirfd >= 0)
+        hold_sys_close(self->place.dirfd);
+    free(self);
+}
+
+int hold_publish_begin(const char *path, hold_publication **out)
+{
+    hold_publication *self = calloc(1, sizeof *self);
+    if (self == NULL)
+        return -ENOMEM;
+    self->place.dirfd = AT_FDCWD;
+    self->draft.fd = -1;
+
+    int rc = find_writable_target(self, path);
+    if (rc == 0) {
+        hold_draft_sweep(&self->place);
+        /* Never more open than the file it replaces, not even while it has a temporary name. */
+        const mode_t mode = self->existed ? self->old.st_mode & 0777 : 0666;
+        rc = hold_draft_create(&self->place, mode, &self->draft);
+    }
+    if (rc < 0)
+        hold_publish_abort(self);
+    else
+        *out = self;
+    return rc;
+}
+
+int hold_publish_fd(const hold_publication *self)
+{
+    return self->draft.fd;
+}
+
+/* ---- commit ------------------------------------------------------------------------------- */
+
+/* Network file systems report failed writes at close: ask while the old file is still there. */
+static int collect_write_errors(int fd)
+{
+    const int copy = hold_sys_fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    return copy < 0 ? copy : hold_sys_close(copy);
+}
+
+/* All that can fail before the name changes hands. */
+static int settle(const hold_publication *self, bool durable)
+{
+    const int fd = self->draft.fd;
+    if (self->existed) {
+        const int rc = hold_file_inherit(fd, &self->old);
+        if (rc < 0)
+            return rc;
+    }
+    return durable ? HOLD_RETRY(hold_sys_fsync(fd)) : HOLD_RETRY(collect_write_errors(fd));
+}
+
+static int sync_directory(const hold_place *place, int fd)
+{
+    const int rc = HOLD_RETRY(place->readable ? hold_sys_fsync(place->dirfd)
+                                              : hold_sys_syncfs(fd));
+    /* File systems that need it know it. */
+    return rc == -EINVAL || rc == -EOPNOTSUPP ? 0 : rc;
+}
+
+/* Make the new name last. */
+static int sync_name(const hold_publication *self, bool unnamed)
+{
+    int rc = 0;
+    if (unnamed) /* btrfs writes no metadata of a file without a name: only now it will */
+        rc = HOLD_RETRY(hold_sys_fsync(self->draft.fd));
+    return rc < 0 ? rc : sync_directory(&self->place, self->draft.fd);
+}
+
+static int put_back(const hold_place *place, int old)
+{
+    hold_draft copy;
+    struct stat st;
+    int rc = HOLD_RETRY(hold_sys_fstat(old, &st));
+    if (rc == 0)
+        rc = hold_draft_create(place, st.st_mode & 0777, &copy);
+    if (rc < 0)
+        return rc;
+    rc = hold_file_copy(old, copy.fd);
+    if (rc == 0)
+        rc = hold_file_inherit(copy.fd, &st);
+    if (rc == 0) {
+        (void)HOLD_RETRY(hold_sys_fsync(copy.fd));
+        rc = hold_draft_rename(&copy, place, true);
+    }
+    hold_draft_discard(&copy, place);
+    return rc;
+}
+
+/*
+ * The name is in place but may not last: make it what it was. `old` is the file that had it, or
+ * -ENOENT where none had. Does what it can: the caller reports the failure that led here.
+ */
+static void restore(const hold_publication *self, int old)
+{
+    const hold_place *place = &self->place;
+    if (hold_place_is(place, place->name, self->draft.fd) != 1)
+        return; /* another has published since: that stays */
+    if (old >= 0)
+        (void)put_back(place, old);
+    else if (old == -ENOENT)
+        (void)HOLD_RETRY(hold_sys_unlinkat(place->dirfd, place->name, 0));
+    (void)sync_directory(place, self->draft.fd);
+}
+
+/* Hold on to what has the name: a descriptor, -ENOENT if nothing, -EACCES if unreadable. */
+static int open_old(const hold_place *place)
+{
+    const int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK;
+    return HOLD_RETRY(hold_sys_openat(place->dirfd, place->name, flags, 0));
+}
+
+/* Give the draft its name, for good where `durable`. */
+static int place_draft(hold_publication *self, bool durable)
+{
+    const bool unnamed = self->draft.temp[0] == '\0';
+    int old = -ENOENT;
+    int rc = -EEXIST;
+
+    if (unnamed && !self->existed)
+        rc = hold_draft_link(&self->draft, &self->place);
+    if (rc < 0) { /* something has the name by now, or the rename finds out what is wrong */
+        if (durable)
+            old = open_old(&self->place);
+        if (old < 0 && old != -ENOENT && old != -EACCES)
+            return old;
+        rc = hold_draft_rename(&self->draft, &self->place, durable);
+    }
+    if (rc == 0 && durable) {
+        rc = sync_name(self, unnamed);
+        if (rc < 0)
+            restore(self, old);
+    }
+    if (old >= 0)
+        hold_sys_close(old);
+    return rc;
+}
+
+int hold_publish_commit(hold_publication *self, bool durable)
+{
+    assert(self->draft.fd >= 0);
+    int rc = settle(self, durable);
+    if (rc == 0)
+        rc = place_draft(self, durable);
+    hold_publish_abort(self); /* of a draft that has its name, this closes the file alone */
+    return rc;
+}

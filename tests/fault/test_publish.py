@@ -1,0 +1,365 @@
+"""Publishing a file: names, modes and owners, links, rights."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from holdfast import _engine
+
+Save = Callable[..., None]
+Listing = Callable[[], list[str]]
+Script = Callable[..., str]
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "target"
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# ---- names ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_appears_at_commit(way: str, target: Path, listing: Listing, durable: bool) -> None:
+    with _engine.Publication(target) as publication:
+        os.write(publication.fd, b"content")
+        assert "target" not in listing()
+        publication.commit(durable)
+
+    assert target.read_bytes() == b"content"
+    assert listing() == ["target"]
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_replaces(save: Save, way: str, target: Path, listing: Listing, durable: bool) -> None:
+    target.write_bytes(b"old, and longer than the new")
+    inode = target.stat().st_ino
+
+    save(target, b"new", durable=durable)
+
+    assert target.read_bytes() == b"new"
+    assert target.stat().st_ino != inode
+    assert listing() == ["target"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_abort_leaves_all_as_it_was(
+    way: str, target: Path, listing: Listing, existing: bool
+) -> None:
+    if existing:
+        target.write_bytes(b"old")
+    before = listing()
+
+    with _engine.Publication(target) as publication:
+        os.write(publication.fd, b"new")
+
+    assert listing() == before
+    assert not existing or target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("form", [str, os.fsencode, Path])
+def test_forms_of_a_path(save: Save, target: Path, form: Callable[[Path], object]) -> None:
+    save(form(target), b"content")
+
+    assert target.read_bytes() == b"content"
+
+
+def test_names_of_any_bytes_and_length(save: Save, way: str, tmp_path: Path) -> None:
+    for name in (b"n" * 255, b"\xff\xfe\n", b" ", b"-x"):
+        path = os.path.join(os.fsencode(tmp_path), name)
+        save(path, b"one")
+        save(path, b"two")
+        assert Path(os.fsdecode(path)).read_bytes() == b"two"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("", FileNotFoundError),
+        ("missing/x", FileNotFoundError),
+        ("missing/x/", FileNotFoundError),
+        ("folder", IsADirectoryError),
+        ("folder/", IsADirectoryError),
+        ("folder/.", IsADirectoryError),
+        ("folder/..", IsADirectoryError),
+        (".", IsADirectoryError),
+        ("/", IsADirectoryError),
+        ("new/", IsADirectoryError),
+        ("file/", IsADirectoryError),
+        ("file/x", NotADirectoryError),
+    ],
+)
+def test_refused_as_open_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, expected: type[OSError]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").write_bytes(b"old")
+    with pytest.raises(expected) as by_open:
+        os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+
+    with pytest.raises(expected) as caught:
+        _engine.Publication(path)
+
+    assert caught.value.errno == by_open.value.errno
+    assert os.fspath(caught.value.filename) == path
+    assert sorted(os.listdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("path", ["n" * 256, "n" * 5000, "folder/" * 1000 + "x"])
+def test_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(OSError) as caught:
+        _engine.Publication(path)
+
+    assert caught.value.errno == errno.ENAMETOOLONG
+
+
+def test_neither_chdir_nor_a_renamed_parent_leads_astray(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    with _engine.Publication("target") as publication:
+        monkeypatch.chdir(tmp_path / "there")
+        (tmp_path / "here").rename(tmp_path / "moved")
+        publication.commit(True)
+
+    assert os.listdir(tmp_path / "moved") == ["target"]
+    assert os.listdir(tmp_path / "there") == []
+
+
+# ---- modes and owners ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077, 0o222, 0o777])
+def test_umask(save: Save, way: str, target: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        save(target, b"new")
+    finally:
+        assert os.umask(before) == umask, "the umask of the process was touched"
+
+    assert mode(target) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("old", [0o600, 0o640, 0o666, 0o755, 0o777, 0o2755, 0o4750])
+def test_mode_of_an_existing_file(save: Save, way: str, target: Path, old: int) -> None:
+    target.write_bytes(b"old")
+    target.chmod(old)
+
+    save(target, b"new", durable=True)
+
+    assert mode(target) == old
+    assert target.read_bytes() == b"new"
+
+
+def test_never_more_open_than_the_old_file(target: Path, listing: Listing) -> None:
+    target.write_bytes(b"secret")
+    target.chmod(0o600)
+    _engine.fault_ban("tmpfile", errno.EOPNOTSUPP)
+
+    with _engine.Publication(target) as publication:
+        assert len(listing()) == 2
+        assert stat.S_IMODE(os.fstat(publication.fd).st_mode) == 0o600
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_owner_and_group_are_kept(save: Save, way: str, target: Path) -> None:
+    target.write_bytes(b"old")
+    os.chown(target, NOBODY, NOBODY)
+    target.chmod(0o4600)
+
+    save(target, b"new")
+
+    status = target.stat()
+    assert (status.st_uid, status.st_gid, mode(target)) == (NOBODY, NOBODY, 0o4600)
+
+
+# ---- links and things that are not regular files -------------------------------------------
+
+
+def test_symbolic_link_stays_and_its_file_is_replaced(save: Save, way: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "file"
+    file.write_bytes(b"old")
+    file.chmod(0o640)
+    (tmp_path / "relative").symlink_to("data/file")
+    (tmp_path / "chain").symlink_to(tmp_path / "relative")
+
+    save(tmp_path / "chain", b"new")
+
+    assert (tmp_path / "chain").is_symlink()
+    assert (tmp_path / "relative").is_symlink()
+    assert (file.read_bytes(), mode(file)) == (b"new", 0o640)
+    assert os.listdir(tmp_path / "data") == ["file"]
+    assert sorted(os.listdir(tmp_path)) == ["chain", "data", "relative"]
+
+
+def test_dangling_link_creates_what_it_points_to(save: Save, way: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data/file")
+
+    save(tmp_path / "link", b"new")
+
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "data" / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    ("to", "code"),
+    [("link", errno.ELOOP), ("missing/x", errno.ENOENT), (".", errno.EISDIR), ("x/", errno.EISDIR)],
+)
+def test_links_that_lead_nowhere(tmp_path: Path, listing: Listing, to: str, code: int) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(to)
+
+    with pytest.raises(OSError) as caught:
+        _engine.Publication(link)
+
+    assert caught.value.errno == code
+    assert listing() == ["link"]
+
+
+def test_links_in_a_chain_of_any_sane_length(save: Save, tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / f"{i}").symlink_to(f"{i + 1}")
+
+    save(tmp_path / "0", b"new")
+
+    assert not (tmp_path / "40").is_symlink()
+    (tmp_path / "-").symlink_to("0")
+    with pytest.raises(OSError) as caught:  # as open(2)
+        save(tmp_path / "-", b"new")
+    assert caught.value.errno == errno.ELOOP
+
+
+def test_other_hard_links_keep_the_old_content(save: Save, target: Path, tmp_path: Path) -> None:
+    target.write_bytes(b"old")
+    os.link(target, tmp_path / "other")
+
+    save(target, b"new")
+
+    assert (tmp_path / "other").read_bytes() == b"old"
+
+
+def test_streams_are_told_apart(tmp_path: Path, listing: Listing) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "link").symlink_to("fifo")
+    reader, writer = os.pipe()
+    try:
+        for path in (fifo, tmp_path / "link", "/dev/null", f"/proc/self/fd/{writer}"):
+            with pytest.raises(OSError) as caught:
+                _engine.Publication(path)
+            assert caught.value.errno == errno.ESPIPE
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert listing() == ["fifo", "link"]
+
+
+# ---- rights --------------------------------------------------------------------------------
+
+#: Runs as nobody: begins to publish each path and commits, durably; prints the errno of each, or 0.
+AS_NOBODY = f"""
+import json, os, sys
+from holdfast import _engine
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
+    os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+codes = []
+for path in sys.argv[1:]:
+    try:
+        with _engine.Publication(path) as publication:
+            os.write(publication.fd, b"new")
+            publication.commit(True)
+        codes.append(0)
+    except OSError as error:
+        assert os.fspath(error.filename) == path
+        codes.append(error.errno)
+print(json.dumps(codes))
+"""
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that belongs to whom AS_NOBODY runs as, all of whose parents may be entered."""
+    folder = Path(tempfile.mkdtemp(prefix="holdfast-test-"))
+    try:
+        if os.geteuid() == 0:
+            os.chown(folder, NOBODY, NOBODY)
+        folder.chmod(0o755)
+        if any(not parent.stat().st_mode & 0o001 for parent in folder.parents):
+            pytest.skip(f"others may not enter {folder.parent}")
+        yield folder
+    finally:
+        folder.chmod(0o700)
+        shutil.rmtree(folder)
+
+
+def make(path: Path, mode: int) -> Path:
+    path.write_bytes(b"old")
+    if os.geteuid() == 0:
+        os.chown(path, NOBODY, NOBODY)
+    path.chmod(mode)
+    return path
+
+
+def test_read_only_file(shared: Path, script: Script) -> None:
+    file = make(shared / "file", 0o444)
+
+    assert json.loads(script(AS_NOBODY, file)) == [errno.EACCES]
+    assert file.read_bytes() == b"old"
+    assert os.listdir(shared) == ["file"]
+
+
+def test_read_only_directory(shared: Path, script: Script) -> None:
+    file = make(shared / "file", 0o644)
+    shared.chmod(0o555)
+
+    codes = json.loads(script(AS_NOBODY, shared / "new", file))
+
+    assert codes == [errno.EACCES, errno.EACCES]
+    assert file.read_bytes() == b"old"
+    assert os.listdir(shared) == ["file"]
+
+
+def test_directory_that_may_be_written_but_not_read(shared: Path, script: Script) -> None:
+    file = make(shared / "file", 0o644)
+    shared.chmod(0o333)
+
+    assert json.loads(script(AS_NOBODY, shared / "new", file)) == [0, 0]
+
+    shared.chmod(0o755)
+    assert file.read_bytes() == (shared / "new").read_bytes() == b"new"
+    assert sorted(os.listdir(shared)) == ["file", "new"]
+
+
+def test_file_that_may_be_written_but_not_read(shared: Path, script: Script) -> None:
+    file = make(shared / "file", 0o200)
+
+    assert json.loads(script(AS_NOBODY, file)) == [0]
+    assert mode(file) == 0o200
+    file.chmod(0o600)
+    assert file.read_bytes() == b"new"
