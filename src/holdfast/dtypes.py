@@ -66,10 +66,11 @@ class DType:
         return count * self.bits // 8
 
 
-_ROWS: tuple[
-    tuple[str, int, int, str | None, str | None, str | None, tuple[int, int, int] | None, bool, int],
-    ...,
-] = (
+_Text = str | None
+_Code = tuple[int, int, int] | None
+
+# fmt: off
+_ROWS: tuple[tuple[str, int, int, _Text, _Text, _Text, _Code, bool, int], ...] = (
     # name, bits, unit, safetensors, numpy, torch, DLPack (code, bits, lanes), ml_dtypes, pack
     ("bool", 8, 1, "BOOL", "bool_", "bool", (6, 8, 1), False, 1),
     ("uint8", 8, 1, "U8", "uint8", "uint8", (1, 8, 1), False, 1),
@@ -89,13 +90,14 @@ _ROWS: tuple[
     ("float8_e4m3fn", 8, 1, "F8_E4M3", "float8_e4m3fn", "float8_e4m3fn", (10, 8, 1), True, 1),
     ("float8_e5m2", 8, 1, "F8_E5M2", "float8_e5m2", "float8_e5m2", (12, 8, 1), True, 1),
     ("float8_e8m0fnu", 8, 1, "F8_E8M0", "float8_e8m0fnu", "float8_e8m0fnu", (14, 8, 1), True, 1),
-    ("float8_e4m3fnuz", 8, 1, "F8_E4M3FNUZ", "float8_e4m3fnuz", "float8_e4m3fnuz", (11, 8, 1), True, 1),
-    ("float8_e5m2fnuz", 8, 1, "F8_E5M2FNUZ", "float8_e5m2fnuz", "float8_e5m2fnuz", (13, 8, 1), True, 1),
+    ("float8_e4m3fnuz", 8, 1, "F8_E4M3FNUZ", "float8_e4m3fnuz", "float8_e4m3fnuz", (11, 8, 1), True, 1),  # noqa: E501
+    ("float8_e5m2fnuz", 8, 1, "F8_E5M2FNUZ", "float8_e5m2fnuz", "float8_e5m2fnuz", (13, 8, 1), True, 1),  # noqa: E501
     ("float4_e2m1fn_x2", 4, 1, "F4", None, "float4_e2m1fn_x2", (17, 4, 2), False, 2),
     ("float6_e2m3fn", 6, 1, "F6_E2M3", None, None, None, False, 1),
     ("float6_e3m2fn", 6, 1, "F6_E3M2", None, None, None, False, 1),
     ("complex32", 32, 2, None, None, "complex32", (5, 32, 1), False, 1),
 )
+# fmt: on
 
 DTYPES: tuple[DType, ...] = tuple(DType(code, *row) for code, row in enumerate(_ROWS))
 

@@ -53,6 +53,7 @@ class Names(Protocol):
     def __len__(self) -> int: ...
     def tolist(self) -> list[str]:
         """Every name, in header order."""
+
     def find(self, name: str) -> int:
         """Position of `name`, or -1."""
 

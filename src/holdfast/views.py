@@ -15,7 +15,7 @@ import numpy as np
 
 from .dtypes import DTYPES, DType
 
-__all__ = ["DENSE", "SWAPPED", "VIEW", "TensorBatch", "TensorView"]
+__all__ = ["DENSE", "SWAPPED", "VIEW", "TensorBatch", "TensorView", "dense_strides"]
 
 #: One tensor in memory. ``dims`` is the index of its first extent in ``TensorBatch.dims``
 #: (and of its first stride in ``TensorBatch.strides``); ``nbytes`` is what it occupies when dense.
@@ -140,3 +140,19 @@ class TensorBatch:
             strides=np.array(strides, np.int64),
             owner=np.arange(len(views), dtype=np.int64),
         )
+
+
+def dense_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Strides in bytes of a dense array in C order.
+
+    Examples
+    --------
+    >>> dense_strides((2, 3, 4), 8)
+    (96, 32, 8)
+    """
+    strides = []
+    step = itemsize
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return tuple(reversed(strides))

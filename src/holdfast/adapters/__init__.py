@@ -1,1 +1,120 @@
+"""Frameworks: how their tensors are described and made.
 
+Adding one is a module with an ``ADAPTER`` that satisfies :class:`holdfast.adapters.base.Adapter`,
+a row here, and a column in :mod:`holdfast.dtypes`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+from ..tree import Codec
+from .base import Adapter
+
+__all__ = ["Adapter", "available", "by_name", "choose", "codecs", "loaded"]
+
+#: Name of the adapter -> the package that has to be imported, and what to type to get it.
+#: In the order in which they are tried where nothing else decides.
+_TABLE = {
+    "torch": ("torch", "pip install torch"),
+    "numpy": ("numpy", "pip install numpy"),
+}
+
+
+@cache
+def _adapter(name: str) -> Adapter:
+    return cast("Adapter", importlib.import_module(f".{name}", __name__).ADAPTER)
+
+
+def available(name: str) -> bool:
+    """Whether there is an adapter `name` and its framework can be imported."""
+    if name not in _TABLE:
+        return False
+    package = _TABLE[name][0]
+    return _imported(package) or importlib.util.find_spec(package) is not None
+
+
+def _imported(package: str) -> bool:
+    # None stands in the table of modules for one whose import is forbidden.
+    return sys.modules.get(package) is not None
+
+
+def by_name(name: str) -> Adapter:
+    """The adapter called `name`; imports its framework.
+
+    Raises
+    ------
+    ValueError
+        There is no such adapter.
+    ImportError
+        The framework is not installed; the message says what to type.
+    """
+    if name not in _TABLE:
+        raise ValueError(f"framework {name!r} is unknown; known are {', '.join(_TABLE)}")
+    if not available(name):
+        raise ImportError(
+            f"framework {name!r} was asked for and is not installed: {_TABLE[name][1]}"
+        )
+    return _adapter(name)
+
+
+def loaded() -> list[Adapter]:
+    """Adapters of the frameworks that this process has imported: only their tensors can occur."""
+    return [_adapter(name) for name, (package, _) in _TABLE.items() if _imported(package)]
+
+
+def choose(asked: str | None, saved: str | None) -> Adapter:
+    """The adapter that a load returns tensors of.
+
+    What was `asked` for; else the one that `saved` the file, and NumPy where that is not
+    installed; else, where the file does not say, the first of the table already imported.
+    """
+    if asked is not None:
+        return by_name(asked)
+    if saved is not None:
+        return by_name(saved if available(saved) else "numpy")
+    return loaded()[0]
+
+
+#: What a value of a framework comes back as where that framework is not to be had.
+_STAND_INS: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "torch": {
+        "torch.Size": lambda value: tuple(value),
+        "torch.dtype": lambda value: f"torch.{value}",
+        "torch.device": str,
+        "torch.layout": lambda value: f"torch.{value}",
+        "torch.memory_format": lambda value: f"torch.{value}",
+    }
+}
+
+
+def codecs(only: str | None) -> list[Codec]:
+    """Codecs for every tag that a tree may have.
+
+    Those of a framework that is installed import it when the first of its values is met; those of
+    one that is not, or (with `only`) that the caller does not want, make plain Python values.
+    """
+    found = [codec for adapter in loaded() for codec in adapter.codecs]
+    seen = {codec.tag for codec in found}
+    for name, tags in _STAND_INS.items():
+        for tag, plain in tags.items():
+            if tag not in seen:
+                decode = _late(name, tag) if available(name) and only in (None, name) else plain
+                found.append(Codec(tag, (), _never, decode))
+    return found
+
+
+def _late(name: str, tag: str) -> Callable[[Any], Any]:
+    def decode(value: Any) -> Any:
+        return next(codec for codec in by_name(name).codecs if codec.tag == tag).decode(value)
+
+    return decode
+
+
+def _never(_: Any) -> Any:
+    raise AssertionError("a codec without types is never asked to encode")
