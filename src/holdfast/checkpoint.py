@@ -1,0 +1,391 @@
+"""A checkpoint opened and not yet loaded: names at once, tensors when asked for."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from . import _engine, adapters, fetch, formats, objects, tree
+from ._buffer import Buffer
+from .errors import FormatError
+from .layout import Entry, Index
+from .source import FileLike, Source, open_source
+from .views import TensorBatch
+
+__all__ = ["Checkpoint", "Reader", "TensorSlice", "open_checkpoint"]
+
+
+class Reader:
+    """A source, its index, and how its tensors are brought into memory.
+
+    Parameters
+    ----------
+    source : Source
+        Closed with the reader.
+    verify : bool
+        Whether the checksum of the header is checked.
+    """
+
+    __slots__ = ("_kinds", "_paths", "index", "source")
+
+    def __init__(self, source: Source, *, verify: bool = True) -> None:
+        self.source = source
+        self._kinds: dict[int, str] | None = None
+        self._paths: dict[str, int] | None = None
+        try:
+            prefix = source.peek(formats.PREFIX)
+            form = formats.recognise(prefix, source.size, source.name)
+            self.index: Index = form.index(source.read, source.size, source.name, verify=verify)
+        except BaseException:
+            source.close()
+            raise
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.source.close()
+
+    @property
+    def kinds(self) -> dict[int, str]:
+        """What :func:`holdfast.objects.kinds_of` says of the index."""
+        if self._kinds is None:
+            self._kinds = objects.kinds_of(self.index)
+        return self._kinds
+
+    def paths(self) -> dict[str, int]:
+        """Every name a tensor can be asked for, those of ties included, and its entry.
+
+        Not among them is what was stored for a long ``bytes`` or ``str``. Not to be changed.
+        """
+        if self._paths is None:
+            try:
+                paths = tree.leaf_paths(self.index.tree, self.index.names.tolist())
+            except FormatError as error:
+                raise FormatError(f"{self.source.name}: {error}") from None
+            if objects.BLOB in self.kinds.values():
+                kinds = self.kinds
+                paths = {k: row for k, row in paths.items() if kinds.get(row) != objects.BLOB}
+            self._paths = paths
+        return self._paths
+
+    def find(self, name: str) -> int:
+        """The entry of the tensor called `name`.
+
+        Raises
+        ------
+        KeyError
+            There is none; the message names the nearest.
+        """
+        row = self.position(name)
+        if row < 0:
+            raise KeyError(self.missing(name))
+        return row
+
+    def position(self, name: str) -> int:
+        """The entry of the tensor called `name`, or -1."""
+        row = self.index.names.find(name)
+        if self.index.tree is None:
+            return row
+        if row < 0 or self.kinds.get(row) == objects.BLOB:
+            return self.paths().get(name, -1)
+        return row
+
+    def missing(self, name: str) -> str:
+        """The message for a name or a pattern that nothing answers to."""
+        import difflib
+
+        paths = self.paths()
+        near = difflib.get_close_matches(name, paths, n=1) if len(paths) <= 1000 else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{self.source.name}: no tensor is called {name!r} ({len(paths)} are here){hint}"
+
+    def select(self, keys: str | Iterable[str]) -> dict[str, int]:
+        """Names that `keys` asks for, in the order of the file, and their entries."""
+        wanted = [keys] if isinstance(keys, str) else list(keys)
+        paths = self.paths()
+        chosen: set[str] = set()
+        for key in wanted:
+            if not isinstance(key, str):
+                raise TypeError(f"keys must be names or patterns, not {type(key).__name__}")
+            # A name is taken literally before it is taken as a pattern: it may hold brackets.
+            found = [key] if key in paths else fnmatch.filter(paths, key)
+            if not found:
+                raise KeyError(self.missing(key))
+            chosen.update(found)
+        return {name: row for name, row in paths.items() if name in chosen}
+
+    def entry(self, name: str, row: int) -> Entry:
+        """What there is to know of one entry without reading it."""
+        at = self.index.entries[row]
+        return Entry(
+            name=name,
+            dtype=self.index.dtype(row).name,
+            shape=self.index.shape(row),
+            nbytes=int(at["nbytes"]),
+            offset=int(at["offset"]),
+            file=self.source.name,
+        )
+
+
+class TensorSlice:
+    """One tensor of a checkpoint, of which parts are taken: what ``Checkpoint.slice`` returns.
+
+    Index it as the tensor itself (``f.slice(name)[10:20, ::2]``). Of a mapped file only the pages
+    that the part touches are read; otherwise the rows of the first axis that it spans.
+    """
+
+    __slots__ = ("_checkpoint", "_name", "dtype", "shape")
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        info = checkpoint.info(name)
+        self._checkpoint = checkpoint
+        self._name = name
+        self.shape = info.shape
+        self.dtype = info.dtype
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._checkpoint._part(self._name, key)
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError(f"tensor {self._name!r} has no axes")
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"<TensorSlice {self._name!r} {self.dtype} {self.shape}>"
+
+
+class Checkpoint(Mapping[str, Any]):
+    """The tensors of a file by name, each read when it is asked for; made by :func:`holdfast.open`.
+
+    Opening reads the header and nothing else. On a local file system tensors are views of a
+    private, writable map of the file and cost no read until they are touched; elsewhere, and for
+    file objects, each is read when asked for. Tensors stay valid after ``close``: they keep the
+    memory they need.
+
+    Attributes
+    ----------
+    metadata : dict of str to str
+        What the one who saved it put there.
+    """
+
+    def __init__(self, source: Source, framework: str | None, threads: int) -> None:
+        self._reader = Reader(source)
+        self._threads = threads
+        self._buffer: Buffer | None = None
+        self._held: dict[int, Any] = {}
+        self._closed = False
+        index = self._reader.index
+        self._adapter = adapters.choose(framework, index.framework)
+        self._forced = framework is not None
+        self._mapped = source.local
+        self.metadata: dict[str, str] = dict(index.metadata)
+
+    # The names.
+
+    def __len__(self) -> int:
+        index = self._reader.index
+        return len(index) if index.tree is None else len(self._reader.paths())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.paths())
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._reader.position(name) >= 0
+
+    # Two checkpoints are equal where they are one; comparing would read both.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The tensor called `name`, or `default` where there is none."""
+        row = self._reader.position(name)
+        return default if row < 0 else self._tensor(row)
+
+    def info(self, name: str) -> Entry:
+        """Name, dtype, shape, size, offset and file of one tensor; nothing is read.
+
+        Raises
+        ------
+        KeyError
+            No tensor has this name.
+        """
+        return self._reader.entry(name, self._reader.find(name))
+
+    def tree(self) -> Any:
+        """The object that was saved, with an :class:`Entry` in place of every tensor."""
+        index = self._reader.index
+        names = index.names.tolist()
+
+        def leaf(row: int, kind: str | None) -> Any:
+            # A long bytes or str is no tensor of the user's: it is read.
+            return self._wrap(row) if kind == "blob" else self._reader.entry(names[row], row)
+
+        return objects.rebuild(index, leaf, self._reader.source.name)
+
+    # The tensors.
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tensor(self._reader.find(name))
+
+    def _tensor(self, row: int) -> Any:
+        return self._held[row] if row in self._held else self._wrap(row)
+
+    def slice(self, name: str) -> TensorSlice:
+        """One tensor to take parts of, with no more read than they need."""
+        return TensorSlice(self, name)
+
+    def prefetch(self, keys: str | Iterable[str] | None = None) -> None:
+        """Bring tensors into memory now, with several threads, so that using them does not wait.
+
+        Parameters
+        ----------
+        keys : str or iterable of str, optional
+            Names or patterns; all tensors by default.
+        """
+        self._check_open()
+        index = self._reader.index
+        if keys is None:
+            rows = np.arange(len(index), dtype=np.int64)
+        else:
+            rows = np.array(sorted(set(self._reader.select(keys).values())), np.int64)
+        if self._mapped:
+            buffer = self._map()
+            for start, stop in _runs(index, rows):
+                _engine.prefetch(buffer, start, stop - start, self._threads)
+        else:
+            batch = self._read(rows)
+            made = self._assembler(batch, rows).named({str(row): row for row in rows.tolist()})
+            self._held.update((int(row), tensor) for row, tensor in made.items())
+
+    def close(self) -> None:
+        """Close the file. Tensors already taken stay valid."""
+        self._closed = True
+        self._held.clear()
+        self._buffer = None
+        self._reader.source.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{self._reader.source.name}: an open checkpoint can be neither copied nor pickled; "
+            "open the file again"
+        )
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<holdfast.Checkpoint {self._reader.source.name!r}, {len(self)} tensors, {state}>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"{self._reader.source.name}: the checkpoint is closed")
+
+    def _map(self) -> Buffer:
+        if self._buffer is None:
+            source = self._reader.source
+            self._buffer = _engine.map_file(source.fd, 0, self._reader.index.end, source.name)
+        return self._buffer
+
+    def _read(self, rows: np.ndarray) -> TensorBatch:
+        index = self._reader.index
+        return fetch.read_tensors(
+            self._reader.source,
+            index,
+            rows,
+            verify=index.crcs is not None,
+            threads=self._threads,
+        )
+
+    def _wrap(self, row: int) -> Any:
+        self._check_open()
+        index = self._reader.index
+        rows = np.array([row], np.int64)
+        if self._mapped:
+            batch = fetch.map_tensors(self._reader.source, index, rows, self._map())
+        else:
+            batch = self._read(rows)
+        return self._assembler(batch, rows).named({"": row})[""]
+
+    def _assembler(self, batch: TensorBatch, rows: np.ndarray) -> objects.Assembler:
+        return objects.Assembler(
+            self._reader.index,
+            batch,
+            rows,
+            self._adapter,
+            name=self._reader.source.name,
+            forced=self._forced,
+            kinds=self._reader.kinds,
+        )
+
+    def _part(self, name: str, key: Any) -> Any:
+        row = self._reader.find(name)
+        shape = self._reader.index.shape(row)
+        first = key[0] if isinstance(key, tuple) and key else key
+        plain = shape and type(first) in (int, slice) and row not in self._reader.kinds
+        if self._mapped or row in self._held or not plain:
+            return self[name][key]
+        self._check_open()
+        rest = key[1:] if isinstance(key, tuple) else ()
+        start, stop, local = _span(first, shape[0], name)
+        batch = fetch.read_part(
+            self._reader.source,
+            self._reader.index,
+            row,
+            start * math.prod(shape[1:]),
+            (stop - start, *shape[1:]),
+        )
+        return self._adapter.wrap(batch, {})[0][(local,) + rest]
+
+
+def _span(key: int | slice, extent: int, name: str) -> tuple[int, int, int | slice]:
+    """Rows of the first axis to read, and the key that takes the asked ones out of them."""
+    if isinstance(key, int):
+        row = key + extent if key < 0 else key
+        if not 0 <= row < extent:
+            raise IndexError(f"tensor {name!r}: index {key} is out of range for {extent} rows")
+        return row, row + 1, 0
+    rows = range(extent)[key]
+    if not rows:
+        return 0, 0, slice(0, 0)
+    low, high = min(rows[0], rows[-1]), max(rows[0], rows[-1])
+    step = rows.step
+    local = slice(rows[0] - low, None if step < 0 else high - low + 1, step)
+    return low, high + 1, local
+
+
+def _runs(index: Index, rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the file that these entries cover, neighbours joined."""
+    entries = index.entries[rows]
+    order = np.argsort(entries["offset"], kind="stable")
+    starts = entries["offset"][order].astype(np.int64)
+    stops = starts + entries["nbytes"][order].astype(np.int64)
+    gaps = np.flatnonzero(starts[1:] > stops[:-1]) + 1
+    for begin, end in itertools.pairwise([0, *gaps.tolist(), len(starts)]):
+        if end > begin and stops[end - 1] > starts[begin]:
+            yield int(starts[begin]), int(stops[end - 1])
+
+
+def open_checkpoint(f: FileLike, framework: str | None, threads: int) -> Checkpoint:
+    """What :func:`holdfast.open` does."""
+    return Checkpoint(open_source(f), framework, threads)

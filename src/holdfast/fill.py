@@ -1,0 +1,258 @@
+"""Filling tensors that exist already, so that a model is never in memory twice."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _engine, adapters, fetch, objects
+from .adapters import Adapter
+from .checkpoint import Reader
+from .collect import by_adapter, join_kind, opaque
+from .errors import ChecksumError
+from .source import FileLike, open_source
+from .views import TensorBatch, TensorView, dense_strides
+
+__all__ = ["IncompatibleKeys", "fill_from"]
+
+#: A tensor whose dtype has to be converted passes through memory in parts of at most this.
+PART = 8 << 20
+
+
+class IncompatibleKeys(NamedTuple):
+    """What did not match between a target and a file, under the names that torch gives it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A tensor to be filled."""
+
+    name: str
+    tensor: Any
+    adapter: Adapter
+    view: TensorView
+    kind: str
+    row: int = -1  # the entry of the file that fills it
+
+
+def fill_from(
+    target: Any, f: FileLike, *, strict: bool, prefix: str, threads: int
+) -> IncompatibleKeys:
+    """What :func:`holdfast.load_into` does."""
+    named = _named_tensors(target)
+    with Reader(open_source(f)) as reader:
+        stored = {
+            name[len(prefix) :]: row
+            for name, row in reader.paths().items()
+            if name.startswith(prefix)
+        }
+        matches = _match(named, stored)
+        filled = {(match.view.address, match.view.nbytes) for match in matches}
+        keys = IncompatibleKeys(
+            [name for name, target in named.items()
+             if name not in stored and not _tied(target.view, filled)],
+            [name for name in stored if name not in named],
+        )  # fmt: skip
+        _refuse(target, reader, matches, keys if strict else None)
+        _fill(reader, matches, threads)
+    return keys
+
+
+def _tied(view: TensorView, filled: set[tuple[int, int]]) -> bool:
+    """Whether the memory of a tensor is filled under another name."""
+    return view.nbytes > 0 and (view.address, view.nbytes) in filled
+
+
+def _named_tensors(target: Any) -> dict[str, _Target]:
+    """The tensors of a module, or of any nesting that ``save`` takes, by name."""
+    for adapter in adapters.loaded():
+        named = adapter.named_tensors(target)
+        if named is not None:
+            break
+    else:
+        if not isinstance(target, Mapping | list | tuple):
+            raise TypeError(
+                "target must be a module or a dict (or a nesting of them) of tensors, not "
+                f"{type(target).__name__}"
+            )
+        flat, blobs = objects.flatten(target)
+        pairs = zip(flat.names, flat.leaves, strict=True)
+        named = {name: leaf for name, leaf in pairs if id(leaf) not in blobs}
+    found: dict[str, _Target] = {}
+    names, leaves = list(named), list(named.values())
+    for adapter, rows in by_adapter(leaves).items():
+        members = [leaves[row] for row in rows]
+        batch, kinds = adapter.describe(members, [names[row] for row in rows])
+        for i, row in enumerate(rows):
+            kind = join_kind(adapter.name, kinds.get(i, ""))
+            found[names[row]] = _Target(names[row], members[i], adapter, batch[i], kind)
+            _check_writable(found[names[row]])
+    return found
+
+
+def _check_writable(target: _Target) -> None:
+    """Raise ValueError for a tensor whose memory cannot be written to."""
+    name, view = target.name, target.view
+    if not target.adapter.writable(target.tensor):
+        raise ValueError(f"target tensor {name!r} is read-only, so it cannot be filled")
+    if view.strides and any(
+        stride == 0 and extent > 1 for stride, extent in zip(view.strides, view.shape, strict=True)
+    ):
+        raise ValueError(
+            f"target tensor {name!r} is expanded: several of its elements are one place in "
+            "memory, so it cannot be filled"
+        )
+
+
+def _match(named: dict[str, _Target], stored: dict[str, int]) -> list[_Target]:
+    """Pair tensors and entries by name; of several names for one memory the last one counts."""
+    matches: dict[object, _Target] = {}
+    for name, target in named.items():
+        if name in stored:
+            view = target.view
+            place = (view.address, view.shape) if view.nbytes else name
+            matches[place] = replace(target, row=stored[name])
+    return list(matches.values())
+
+
+def _refuse(
+    target: Any, reader: Reader, matches: list[_Target], keys: IncompatibleKeys | None
+) -> None:
+    """Raise RuntimeError, in torch's words, before anything is written."""
+    problems = []
+    if keys is not None and keys.missing_keys:
+        problems.append(f"Missing key(s) in state_dict: {_quoted(keys.missing_keys)}. ")
+    if keys is not None and keys.unexpected_keys:
+        problems.append(f"Unexpected key(s) in state_dict: {_quoted(keys.unexpected_keys)}. ")
+    for match in matches:
+        shape = reader.index.shape(match.row)
+        if shape != match.view.shape:
+            problems.append(
+                f"size mismatch for {match.name}: copying a param with shape {list(shape)} from "
+                f"checkpoint, the shape in current model is {list(match.view.shape)}."
+            )
+        # Bytes of a dtype that the table lacks mean nothing as another one.
+        kinds = (reader.kinds.get(match.row), match.kind)
+        if opaque(kinds[0]) != opaque(kinds[1]):
+            here, there = (opaque(kind) or match.view.dtype.name for kind in kinds)
+            problems.append(
+                f"dtype mismatch for {match.name}: {here} in the checkpoint, {there} in the "
+                "current model."
+            )
+    if problems:
+        raise RuntimeError(
+            f"{reader.source.name}: Error(s) in loading state_dict for {type(target).__name__}:\n\t"
+            + "\n\t".join(problems)
+        )
+
+
+def _quoted(names: list[str]) -> str:
+    shown = ", ".join(f'"{name}"' for name in names[:50])
+    return shown if len(names) <= 50 else f"{shown}, … ({len(names)} in all)"
+
+
+def _fill(reader: Reader, matches: list[_Target], threads: int) -> None:
+    """Read what needs no conversion straight into place, in one pass; convert the rest."""
+    index, source = reader.index, reader.source
+    passes: list[list[_Target]] = [[]]
+    rest: list[_Target] = []
+    times: Counter[int] = Counter()
+    for match in matches:
+        if match.view.owner is not match.tensor or match.view.dtype is not index.dtype(match.row):
+            rest.append(match)
+            continue
+        # One entry may fill several tensors, but in one pass its bytes are read once.
+        if times[match.row] == len(passes):
+            passes.append([])
+        passes[times[match.row]].append(match)
+        times[match.row] += 1
+    if (rest or len(passes) > 1) and not source.repeatable:
+        name = (rest or passes[1])[0].name
+        raise io.UnsupportedOperation(
+            f"{source.name}: cannot seek, which filling {name!r} needs: its dtype is not that in "
+            "the file, or it is filled from the same bytes as another tensor"
+        )
+    _check_dtypes(reader, rest)
+    for direct in passes:
+        _read_into(reader, direct, threads)
+    for match in rest:
+        _convert(reader, match)
+
+
+def _check_dtypes(reader: Reader, matches: list[_Target]) -> None:
+    """Raise TypeError, before anything is written, for what cannot be made to be converted."""
+    for adapter, dtype in {(match.adapter, reader.index.dtype(match.row)) for match in matches}:
+        empty = TensorView(dtype, (0,), 0, _engine.allocate(0))
+        try:
+            adapter.wrap(TensorBatch.of([empty]), {})
+        except TypeError as error:
+            raise TypeError(f"{reader.source.name}: {error}") from error
+
+
+def _read_into(reader: Reader, matches: list[_Target], threads: int) -> None:
+    """Read entries into the memory that their tensors have."""
+    index = reader.index
+    rows = np.array([match.row for match in matches], np.int64)
+    segments = fetch.segments_of(index, rows)
+    layouts: list[_engine.Layout] = []
+    for i, match in enumerate(matches):
+        view = match.view
+        segments["address"][i] = view.address if view.nbytes else 0
+        if view.strides is not None or view.swapped:
+            swap = view.dtype.unit if view.swapped else 0
+            strides = view.strides or dense_strides(view.shape, view.dtype.itemsize)
+            layouts.append((i, view.shape, strides, view.dtype.itemsize, swap))
+    verify = index.crcs is not None
+    fetch.move(reader.source, segments, layouts=layouts, verify=verify, threads=threads)
+    if verify:
+        fetch.check(reader.source.name, index, rows, segments)
+
+
+def _convert(reader: Reader, match: _Target) -> None:
+    """Fill one tensor whose dtype is not that of the file, a part at a time."""
+    index, source = reader.index, reader.source
+    crc = 0
+    for where, first, shape in _parts(match.view.shape, index.dtype(match.row).itemsize):
+        batch = fetch.read_part(source, index, match.row, first, shape)
+        match.adapter.fill(match.tensor[where], match.adapter.wrap(batch, {})[0])
+        data = batch.owners[0]
+        crc = _engine.crc32(memoryview(data)[: int(batch.views["nbytes"][0])], crc)  # type: ignore[arg-type]
+    if index.crcs is not None and crc != int(index.crcs[match.row]):
+        raise ChecksumError(fetch.mismatch(source.name, index, match.row, crc))
+
+
+def _parts(
+    shape: tuple[int, ...], itemsize: int
+) -> Iterator[tuple[tuple[Any, ...], int, tuple[int, ...]]]:
+    """Parts of at most PART bytes, in C order: what to index with, first element and shape.
+
+    Examples
+    --------
+    >>> list(_parts((2, 3), 4))
+    [((Ellipsis,), 0, (2, 3))]
+    >>> [(where[:2], first, shape) for where, first, shape in _parts((1, PART), 2)]
+    [((0, slice(0, 4194304, None)), 0, (4194304,)), ((0, slice(4194304, 8388608, None)), 4194304, (4194304,))]
+    """  # noqa: E501
+    inner = math.prod(shape)  # elements under one index of the axis that is cut
+    if inner * itemsize <= PART:
+        yield (...,), 0, shape
+        return
+    axis = -1
+    while inner * itemsize > PART:
+        axis += 1
+        inner //= shape[axis]
+    step = PART // (inner * itemsize)
+    for i, outer in enumerate(np.ndindex(shape[:axis])):
+        for start in range(0, shape[axis], step):
+            stop = min(start + step, shape[axis])
+            first = (i * shape[axis] + start) * inner
+            yield (*outer, slice(start, stop), ...), first, (stop - start, *shape[axis + 1 :])

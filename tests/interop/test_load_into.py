@@ -1,0 +1,161 @@
+"""Filling tensors in place."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import holdfast
+from holdfast import _engine, fill
+
+
+def test_numpy_dict(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    obj = {"a": {"w": rng.random((30, 40)), "b": rng.random(7, "f4")}, "n": 5}
+    holdfast.save(obj, tmp_path / "x")
+    target = {
+        "a": {"w": np.zeros((40, 30)).T, "b": np.zeros(7)},  # strided, and of another dtype
+    }
+    strided = target["a"]["w"]
+    keys = holdfast.load_into(target, tmp_path / "x")
+    assert keys.missing_keys == [] and keys.unexpected_keys == []
+    assert target["a"]["w"] is strided
+    assert (strided == obj["a"]["w"]).all() and (target["a"]["b"] == obj["a"]["b"]).all()
+    swapped = {"a": {"w": np.zeros((30, 40), ">f8"), "b": np.zeros(7, "f4")[::-1]}}
+    holdfast.load_into(swapped, tmp_path / "x")
+    assert (swapped["a"]["w"] == obj["a"]["w"]).all()
+    assert (swapped["a"]["b"] == obj["a"]["b"]).all()
+
+
+def test_names_that_do_not_match(tmp_path: Path) -> None:
+    holdfast.save({"a": np.ones(2), "b": np.ones(3)}, tmp_path / "x")
+    target = {"a": np.zeros(2), "c": np.zeros(1)}
+    with pytest.raises(RuntimeError, match='Missing key.*"c"(.|\n)*Unexpected key.*"b"'):
+        holdfast.load_into(target, tmp_path / "x")
+    assert not target["a"].any()
+    keys = holdfast.load_into(target, tmp_path / "x", strict=False)
+    assert keys == (["c"], ["b"])
+    assert target["a"].all()
+    with pytest.raises(RuntimeError, match="size mismatch for a"):
+        holdfast.load_into({"a": np.zeros(5)}, tmp_path / "x", strict=False)
+
+
+def test_targets_that_cannot_be_filled(tmp_path: Path) -> None:
+    holdfast.save({"a": np.ones((2, 2))}, tmp_path / "x")
+    frozen = np.zeros((2, 2))
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        holdfast.load_into({"a": frozen}, tmp_path / "x")
+    with pytest.raises(TypeError, match="module or a dict"):
+        holdfast.load_into(7, tmp_path / "x")
+
+
+def test_damage_is_seen(tmp_path: Path) -> None:
+    holdfast.save({"a": np.ones(2000), "b": np.ones(2000)}, tmp_path / "x")
+    whole = bytearray((tmp_path / "x").read_bytes())
+    whole[-1] ^= 1
+    (tmp_path / "x").write_bytes(whole)
+    for dtype in ("f8", "f4"):
+        with pytest.raises(holdfast.ChecksumError, match="'b'"):
+            holdfast.load_into({"a": np.zeros(2000), "b": np.zeros(2000, dtype)}, tmp_path / "x")
+
+
+def network() -> Any:
+    """A network with parameters, buffers and an integer among them."""
+    from torch import nn
+
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 4))
+
+
+def test_module(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(1)
+    image = torch.rand(2, 3, 8, 8)
+    net = network()
+    net(image)
+    holdfast.save({"model": net.state_dict(), "epoch": 1}, tmp_path / "x")
+    other = network().to(memory_format=torch.channels_last)
+    pointers = [p.data_ptr() for p in other.parameters()]
+    keys = holdfast.load_into(other, tmp_path / "x", prefix="model.")
+    assert keys == ([], [])
+    assert [p.data_ptr() for p in other.parameters()] == pointers
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+    assert torch.equal(net.eval()(image), other.eval()(image))
+
+    half = network().half()
+    holdfast.load_into(half, tmp_path / "x", prefix="model.")
+    assert torch.equal(half[3].weight, net[3].weight.half())
+    assert half[3].weight.requires_grad
+    with pytest.raises(RuntimeError, match="Missing key"):
+        holdfast.load_into(other, tmp_path / "x")
+
+
+def test_tied_modules(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+    net = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    net["head"].weight = net["embed"].weight
+    holdfast.save({"embed.weight": net["embed"].weight.detach()}, tmp_path / "one")
+    holdfast.save(net.state_dict(), tmp_path / "both")
+    for name in ("one", "both"):
+        other = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+        other["head"].weight = other["embed"].weight
+        assert holdfast.load_into(other, tmp_path / name) == ([], [])
+        assert torch.equal(other["head"].weight, net["embed"].weight)
+
+
+def test_conversion_takes_parts_of_any_shape(tmp_path: Path) -> None:
+    """A first axis of one must not make the whole tensor one part."""
+    asked: list[int] = []
+    allocate = _engine.allocate
+
+    def counting(nbytes: int) -> Any:
+        asked.append(nbytes)
+        return allocate(nbytes)
+
+    values = np.arange(6 << 20, dtype="f4").reshape(1, 2, 3 << 20)
+    holdfast.save({"w": values, "s": np.array(5, "i4"), "z": np.ones((0, 3))}, tmp_path / "x")
+    target = {
+        "w": np.zeros(values.shape, "f8"), "s": np.zeros(()), "z": np.zeros((0, 3), "f4"),
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_engine, "allocate", counting)
+        holdfast.load_into(target, tmp_path / "x")
+    assert (target["w"] == values).all() and target["s"] == 5
+    assert 0 < max(asked) <= fill.PART
+    assert list(fill._parts((2, 3), 4)) == [((...,), 0, (2, 3))]
+
+
+def test_opaque_dtypes_are_never_mixed(tmp_path: Path) -> None:
+    """Seconds read as milliseconds would be wrong without a word."""
+    holdfast.save({"t": np.ones(2, "M8[s]")}, tmp_path / "x")
+    for wrong in (np.zeros(2, "M8[ms]"), np.zeros((2, 8), "u1")):
+        with pytest.raises(RuntimeError, match=r"dtype mismatch for t: .*M8\[s\] in the check"):
+            holdfast.load_into({"t": wrong}, tmp_path / "x")
+    target = {"t": np.zeros(2, "M8[s]")}
+    holdfast.load_into(target, tmp_path / "x")
+    assert (target["t"] == np.ones(2, "M8[s]")).all()
+
+
+def test_a_larger_tensor_is_not_filled_by_a_part_of_it(tmp_path: Path) -> None:
+    holdfast.save({"part": np.ones(2)}, tmp_path / "x")
+    whole = np.zeros(5)
+    keys = holdfast.load_into({"whole": whole, "part": whole[:2]}, tmp_path / "x", strict=False)
+    assert keys == (["whole"], []) and whole.tolist() == [1, 1, 0, 0, 0]
+
+
+def test_a_dtype_that_cannot_be_made_is_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    holdfast.save({"a": np.ones(2), "b": np.ones(2, ml_dtypes.bfloat16)}, tmp_path / "x")
+    target = {"a": np.zeros(2), "b": np.zeros(2)}
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(TypeError, match="x: bfloat16.*pip install ml_dtypes"):
+        holdfast.load_into(target, tmp_path / "x")
+    assert not target["a"].any()

@@ -1,0 +1,116 @@
+"""The three axes know the waist and the standard library, and nothing of each other."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import holdfast
+
+PACKAGE = Path(holdfast.__file__).parent
+CSRC = Path(__file__).parents[2] / "csrc"
+TREE = {"tree", "_tree_decode", "_tree_flatten", "_tree_json"}
+WAIST = {"dtypes", "views", "layout", "errors", "_buffer"} | TREE
+IO = {"os", "io", "mmap", "shutil", "tempfile", "pathlib", "socket", "subprocess", "ctypes"}
+FRAMEWORKS = {"torch", "cupy", "jax", "oneflow", "tensorflow", "ml_dtypes"}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, those of this package from its root ("formats._header")."""
+    found = set()
+    if path.suffix == ".pyx":
+        for match in re.finditer(
+            r"^\s*(?:from\s+([\w.]+)\s+c?import|c?import\s+([\w.]+))", path.read_text(), re.M
+        ):
+            found.add((match[1] or match[2]).removeprefix("holdfast."))
+        return found
+    package = list(path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.removeprefix("holdfast.") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            if node.level and node.module is None:
+                found.update(".".join([*base, alias.name]) for alias in node.names)
+            else:
+                found.add(module.removeprefix("holdfast."))
+    return {name for name in found if name != "__future__"}
+
+
+def own(names: set[str]) -> set[str]:
+    """Those of `names` that are modules of this package."""
+    tops = {path.stem for path in PACKAGE.iterdir()} | {"adapters", "formats"}
+    return {name for name in names if name.split(".")[0].split("-")[0] in tops and name != "numpy"}
+
+
+def sources(folder: str) -> list[Path]:
+    found = sorted(p for p in (PACKAGE / folder).iterdir() if p.suffix in (".py", ".pyx"))
+    assert len(found) >= 3, f"too few files in {folder}: is the installed package complete?"
+    return found
+
+
+@pytest.mark.parametrize("path", sources("formats"), ids=lambda p: p.name)
+def test_formats_know_the_waist_alone(path: Path) -> None:
+    names = imports(path)
+    assert names, "nothing was imported: the test reads the wrong thing"
+    strangers = {n for n in own(names) if n.split(".")[0] not in WAIST | {"formats"}}
+    assert not strangers
+    assert not {n.split(".")[0] for n in names} & (IO | FRAMEWORKS)
+
+
+@pytest.mark.parametrize("path", sources("adapters"), ids=lambda p: p.name)
+def test_adapters_know_the_waist_and_their_framework(path: Path) -> None:
+    names = imports(path)
+    strangers = {n for n in own(names) if n.split(".")[0] not in WAIST | {"adapters"}}
+    assert not strangers
+    allowed = {path.stem.strip("_"), "ml_dtypes" if path.stem.strip("_") == "numpy" else ""}
+    assert not {n.split(".")[0] for n in names} & ((IO - {"ctypes"}) | FRAMEWORKS) - allowed
+
+
+@pytest.mark.parametrize("name", sorted(WAIST - {"_buffer"}))
+def test_the_waist_knows_only_itself(name: str) -> None:
+    names = imports(PACKAGE / f"{name}.py")
+    assert not {n for n in own(names) if n.split(".")[0] not in WAIST}
+    assert not {n.split(".")[0] for n in names} & (IO | FRAMEWORKS)
+
+
+@pytest.mark.skipif(not CSRC.exists(), reason="the C sources are not beside the tests")
+def test_the_engine_knows_neither_python_nor_frameworks() -> None:
+    files = sorted(CSRC.glob("*.[ch]"))
+    assert len(files) > 8
+    for path in files:
+        text = path.read_text()
+        assert not re.search(r"#include\s*[<\"]Python", text), path
+        assert not re.search(r"#include\s*[<\"](cuda|torch|numpy)", text), path
+
+
+def test_no_file_is_too_long() -> None:
+    root = Path(__file__).parents[2]
+    found = [
+        path
+        for folder in ("src", "csrc", "tests", "benchmarks")
+        for path in (root / folder).rglob("*")
+        if path.suffix in (".py", ".pyx", ".pxd", ".c", ".h", ".pyi")
+    ]
+    assert len(found) > 30
+    lengths = {str(path): len(path.read_text().splitlines()) for path in found}
+    assert not {path: n for path, n in lengths.items() if n > 500}
+
+
+def test_import_brings_in_numpy_at_most() -> None:
+    code = """
+import sys
+before = set(sys.modules)
+import holdfast
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+import numpy
+heavy = {"torch", "cupy", "jax", "ml_dtypes", "tqdm", "safetensors", "asyncio", "multiprocessing"}
+assert "numpy" in new and not new & heavy, sorted(new & heavy)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
