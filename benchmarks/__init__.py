@@ -1,0 +1,1 @@
+"""How fast holdfast is, beside its rivals and the machine's limits: ``python -m benchmarks``."""

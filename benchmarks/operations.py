@@ -1,0 +1,220 @@
+"""What is measured, as a table, and the loop that measures it in interleaved rounds."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import pagecache
+from .actions import Job
+from .contenders import CONTENDERS, Contender, check, writer
+from .objects import touch
+from .samples import SECONDS, Sample, Skip
+from .workloads import Material, Workload
+
+#: Seconds of quiet after a sync, before a save is timed.
+SETTLE = 0.2
+#: More of a file than this in the page cache and a load is not cold.
+COLD = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One thing to measure.
+
+    Attributes
+    ----------
+    name, title : str
+    actions : tuple of str
+        Keys of ``Contender.actions``; a contender takes part with the first that it has.
+    state : str
+        What holds before it is timed: ``"saved"``: no file, nothing waiting to be written;
+        ``"warm"``: the file wholly in the page cache; ``"cold"``: none of it.
+    touched : bool
+        Whether a byte of every page is read within the time, where the workload agrees.
+    one : bool
+        Whether it returns one tensor and not all.
+    """
+
+    name: str
+    title: str
+    actions: tuple[str, ...]
+    state: str
+    touched: bool = False
+    one: bool = False
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation("save-durable", "save, fsync of file and directory", ("save-durable",), "saved"),
+    Operation("save", "save, no fsync", ("save",), "saved"),
+    Operation("load-eager", "load into memory, warm", ("load", "copy"), "warm", True),
+    Operation("load-mapped", "load mapped, warm", ("load-mapped",), "warm", True),
+    Operation("load-cold", "load into memory, cold", ("load", "load-uncached"), "cold", True),
+    Operation("load-cold-mapped", "load mapped, cold", ("load-mapped",), "cold", True),
+    Operation("open-one", "open and read one tensor, warm", ("one",), "warm", one=True),
+)
+NAMES = tuple(operation.name for operation in OPERATIONS)
+
+
+class NotColdError(RuntimeError):
+    """The page cache could not be made to forget a file."""
+
+
+@dataclass(slots=True)
+class Entrant:
+    """A contender in one operation."""
+
+    contender: Contender
+    action: str
+    job: Job
+
+
+def entrants(
+    material: Material, operation: Operation, directory: Path, skipped: Callable[[Skip], None]
+) -> list[Entrant]:
+    """Who takes part; the reasons of those who do not go to `skipped`."""
+    workload = material.workload
+    found: list[Entrant] = []
+    for contender in CONTENDERS:
+        action = next((a for a in operation.actions if a in contender.actions), None)
+        if action is None or not wanted(workload, contender):
+            continue
+        if reason := unfit(workload, contender):
+            skipped(Skip(workload.name, operation.name, contender.name, reason))
+            continue
+        path = directory / f"{workload.name}.{contender.file}"
+        found.append(
+            Entrant(contender, action, Job(material.view(contender.framework), path, material.one))
+        )
+    return found
+
+
+def unfit(workload: Workload, contender: Contender) -> str:
+    """Why this contender cannot save that workload here, or ``""``."""
+    if package := contender.missing():
+        return f"{package} is not installed"
+    if workload.nested and not contender.nested and contender.role != "limit":
+        return "holds only a flat dict of tensors"
+    return ""
+
+
+def wanted(workload: Workload, contender: Contender) -> bool:
+    """Whether the workload asks for contenders of that role."""
+    return {"ours": True, "rival": workload.rivals, "limit": workload.limits}[contender.role]
+
+
+def measure(
+    material: Material,
+    operation: Operation,
+    samples: int,
+    directory: Path,
+    skipped: Callable[[Skip], None],
+) -> Iterator[Sample]:
+    """Yield `samples` samples of each contender, in rounds.
+
+    Each round runs every contender once and begins with another one. Round 0 is not recorded: it
+    warms up what has to be, and there everything saved and loaded is compared, byte for byte,
+    with what it should be. A contender that fails is skipped with its reason from then on.
+    """
+    field = entrants(material, operation, directory, skipped)
+    for number in range(samples + 1):
+        start = number % len(field) if field else 0
+        for entrant in field[start:] + field[:start]:
+            try:
+                sample = _once(material, operation, entrant, number)
+            except Exception as error:  # whatever a rival raises: say so and go on with the others
+                skipped(_failure(material.workload, operation, entrant.contender, error))
+                field.remove(entrant)
+                continue
+            finally:
+                if operation.state == "saved":
+                    entrant.job.path.unlink(missing_ok=True)
+            if sample is not None:
+                yield sample
+
+
+def _failure(
+    workload: Workload, operation: Operation, contender: Contender, error: Exception
+) -> Skip:
+    """A skip; not a failure where the machine is the reason: no O_DIRECT, no way to be cold."""
+    machine = isinstance(error, NotColdError) or (
+        isinstance(error, OSError) and contender.role == "limit"
+    )
+    reason = f"{type(error).__name__}: {error}"
+    return Skip(workload.name, operation.name, contender.name, reason, failed=not machine)
+
+
+def _once(material: Material, operation: Operation, entrant: Entrant, number: int) -> Sample | None:
+    job, act = entrant.job, entrant.contender.actions[entrant.action]
+    touched = operation.touched and material.workload.touched
+    details = _prepare(operation, entrant, material)
+    gc.collect()
+    began = time.perf_counter()
+    result = act(job)
+    acted = time.perf_counter()
+    if touched:
+        touch(result)
+    ended = time.perf_counter()
+    if number == 0:
+        if problems := _problems(operation, entrant, result):
+            raise AssertionError(f"wrong bytes: {'; '.join(problems)}")
+        return None
+    if touched:
+        details |= {"action": acted - began, "touch": ended - acted}
+    return Sample(
+        material.workload.name,
+        operation.name,
+        entrant.contender.name,
+        entrant.contender.role,
+        number,
+        ended - began,
+        SECONDS,
+        material.nbytes,
+        material.count,
+        details,
+    )
+
+
+def _prepare(operation: Operation, entrant: Entrant, material: Material) -> dict[str, float]:
+    path = entrant.job.path
+    if operation.state == "saved":
+        path.unlink(missing_ok=True)
+        os.sync()
+        time.sleep(SETTLE)
+        return {}
+    if not entrant.contender.file:
+        return {}
+    if not path.exists():
+        author = writer(entrant.contender.file)
+        author.actions["save"](Job(material.view(author.framework), path, material.one))
+    if operation.state == "warm":
+        return {"resident": pagecache.warm(path)}
+    if (left := pagecache.drop(path)) > COLD:
+        raise NotColdError(f"{left:.1%} of {path.name} stay in the page cache")
+    return {"resident": left}
+
+
+def _problems(operation: Operation, entrant: Entrant, result: Any) -> list[str]:
+    job = entrant.job
+    if operation.one:
+        return check(Job(job.obj[job.one], job.path, job.one), result)
+    if operation.state == "saved":
+        result = _read_back(entrant)
+    return check(job, result)
+
+
+def _read_back(entrant: Entrant) -> Any:
+    """What the file of a save holds, by any contender that reads such files alike."""
+    same = [entrant.contender, *(c for c in CONTENDERS if c.file == entrant.contender.file)]
+    for contender in same:
+        if contender.framework != entrant.contender.framework or contender.missing():
+            continue
+        for action in ("load", "load-mapped"):
+            if action in contender.actions:
+                return contender.actions[action](entrant.job)
+    raise LookupError(f"nobody loads what {entrant.contender.name} saves")

@@ -1,0 +1,60 @@
+"""Making a file warm or cold in the page cache, and proving which of the two it is."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
+
+def resident(path: Path) -> float:
+    """Fraction of the file's pages that are in the page cache, asked of ``mincore``.
+
+    The pages are mapped for the question and not touched, so asking changes nothing.
+    """
+    size = path.stat().st_size
+    if not size:
+        return 0.0
+    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) as mapping:
+        pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+        view = np.frombuffer(mapping, np.uint8)
+        failed = _libc.mincore(view.ctypes.data, size, pages.ctypes.data)
+        del view  # the mapping cannot be closed while something looks at it
+        if failed:
+            raise OSError(ctypes.get_errno(), "mincore", str(path))
+    return float((pages & 1).mean())
+
+
+def warm(path: Path) -> float:
+    """Read the file through the page cache unless it is all there; return what is resident."""
+    if (before := resident(path)) == 1.0:
+        return before
+    block = bytearray(1 << 23)
+    with path.open("rb", buffering=0) as f:
+        while f.readinto(block):
+            pass
+    return resident(path)
+
+
+def drop(path: Path) -> float:
+    """Drop the file from the page cache; return what is still resident.
+
+    Asks for this file by ``posix_fadvise``, and, where this process is root, for everything that
+    the kernel can drop, so that the file system's own notes on the file are cold as well.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    with suppress(OSError):  # not root, or a container that may not
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    return resident(path)
