@@ -22,7 +22,7 @@ __all__ = ["check_target", "write_out"]
 #: From this size on a file is written past the page cache whether or not it has to be durable.
 LARGE = 256 << 20
 
-Seal = Callable[[Plan, "np.ndarray | None"], bytes]
+Seal = Callable[[Plan, "np.ndarray | None"], bytes | bytearray]
 Report = Callable[[int], object] | None
 
 
@@ -153,7 +153,7 @@ def _write_file(
     _engine.write(publication.fd, _head_segment(head), checksum=False, direct=direct, filename=name)
 
 
-def _head_segment(head: bytes) -> np.ndarray:
+def _head_segment(head: bytes | bytearray) -> np.ndarray:
     segment = np.zeros(1, SEGMENT)
     segment["nbytes"] = len(head)
     segment["address"] = np.frombuffer(head, np.uint8).ctypes.data

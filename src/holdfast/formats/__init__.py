@@ -45,7 +45,7 @@ class Format(Protocol):
     ) -> Plan:
         """Decide where every byte of a new file stands."""
 
-    def seal(self, plan: Plan, crcs: np.ndarray | None) -> bytes:
+    def seal(self, plan: Plan, crcs: np.ndarray | None) -> bytes | bytearray:
         """Make the bytes that stand before the tensors, now that their checksums are known."""
 
 

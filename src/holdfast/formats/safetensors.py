@@ -375,7 +375,7 @@ def _emit(
     return head, value_at
 
 
-def seal(plan: Plan, crcs: np.ndarray | None) -> bytes:
+def seal(plan: Plan, crcs: np.ndarray | None) -> bytearray:
     """The whole header, to stand at offset 0.
 
     Parameters
@@ -384,6 +384,11 @@ def seal(plan: Plan, crcs: np.ndarray | None) -> bytes:
         What :func:`plan` returned.
     crcs : ndarray of uint32, shape (n,), or None
         CRC-32 of the bytes of each tensor in the file; None where the plan was made without.
+
+    Returns
+    -------
+    bytearray
+        The plan's own, not to be changed; sealing again writes over it.
     """
     state = plan.state
     assert isinstance(state, _State)
@@ -395,4 +400,4 @@ def seal(plan: Plan, crcs: np.ndarray | None) -> bytes:
         stamp(state.head, state.crcs_at, np.ascontiguousarray(crcs, np.uint32))
     own = header_crc(state.head, state.mark_at)
     stamp(state.head, state.mark_at, np.array([own], np.uint32))
-    return bytes(state.head)
+    return state.head
