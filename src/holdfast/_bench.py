@@ -7,6 +7,7 @@ table. A quick look: the full benchmarks stand in ``benchmarks/`` of the reposit
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import os
 import pickle
@@ -221,22 +222,17 @@ def _pickle_load(path: Path) -> Any:
         return pickle.load(f)  # noqa: S301 - this process wrote the file
 
 
+def _safetensors() -> Any:
+    """The module of safetensors for the tensors of this run."""
+    return importlib.import_module(f"safetensors.{'torch' if _installed('torch') else 'numpy'}")
+
+
 def _safetensors_save(obj: Any, path: Path) -> None:
-    save_file: Save
-    if _installed("torch"):
-        from safetensors.torch import save_file
-    else:
-        from safetensors.numpy import save_file
-    save_file(obj, path)
+    _safetensors().save_file(obj, path)
 
 
 def _safetensors_load(path: Path) -> Any:
-    load_file: Load
-    if _installed("torch"):
-        from safetensors.torch import load_file
-    else:
-        from safetensors.numpy import load_file
-    return load_file(path)
+    return _safetensors().load_file(path)
 
 
 def _savez(obj: dict[str, Any], path: Path) -> None:
