@@ -190,7 +190,7 @@ def _why_not(tensor: torch.Tensor) -> str | None:
 
 def _has_memory(tensor: torch.Tensor) -> bool:
     try:
-        return tensor.data_ptr() != 0 or tensor.numel() == 0
+        return bool(tensor.data_ptr() != 0 or tensor.numel() == 0)
     except RuntimeError:
         return False
 
