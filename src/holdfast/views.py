@@ -59,7 +59,7 @@ class TensorView:
     dtype: DType
     shape: tuple[int, ...]
     address: int
-    owner: object
+    owner: object = field(compare=False)  # arrays are not compared to a truth value
     strides: tuple[int, ...] | None = None
     swapped: bool = False
 
