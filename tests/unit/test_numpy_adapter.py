@@ -184,7 +184,8 @@ SCALARS = [
     np.bool_(True), np.int8(-3), np.uint64(2**64 - 1), np.float16(-0.0), np.float32("nan"),
     np.float64("inf"), np.complex64(1 - 2j), np.complex128(complex("nan-0j")), np.longdouble("0.1"),
     np.clongdouble(1j), np.datetime64("2020-02-29T12", "ns"), np.datetime64("NaT", "s"),
-    np.timedelta64(5, "25s"), np.timedelta64(7, "D"), np.str_("héllo\0"), np.str_(""), np.str_("\ud800"),
+    np.timedelta64(5, "25s"), np.timedelta64(7, "D"), np.str_("héllo\0"), np.str_(""),
+    np.str_("\ud800"),
     np.bytes_(b"a\0b\0"), np.bytes_(b""), np.void(b"\1\2\3"),
     np.array([(1, 2.5)], [("a", "i1"), ("b", "<f8")])[0],
     np.frombuffer(b"\x01\x00\xc0\x7f", np.float32)[0],  # a NaN with a payload
