@@ -17,7 +17,7 @@ from .checkpoint import Reader
 from .collect import by_adapter, join_kind, opaque
 from .errors import ChecksumError
 from .source import FileLike, open_source
-from .views import TensorBatch, TensorView, dense_strides
+from .views import TensorBatch, TensorView
 
 __all__ = ["IncompatibleKeys", "fill_from"]
 
@@ -207,10 +207,9 @@ def _read_into(reader: Reader, matches: list[_Target], threads: int) -> None:
     for i, match in enumerate(matches):
         view = match.view
         segments["address"][i] = view.address if view.nbytes else 0
-        if view.strides is not None or view.swapped:
-            swap = view.dtype.unit if view.swapped else 0
-            strides = view.strides or dense_strides(view.shape, view.dtype.itemsize)
-            layouts.append((i, view.shape, strides, view.dtype.itemsize, swap))
+        layout = view.layout()
+        if layout is not None:
+            layouts.append((i, *layout))
     verify = index.crcs is not None
     fetch.move(reader.source, segments, layouts=layouts, verify=verify, threads=threads)
     if verify:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .dtypes import DTYPES, DType
 
-__all__ = ["ENTRY", "SEGMENT", "Entry", "Index", "NameList", "Names", "Plan", "alignment_order"]
+__all__ = ["ENTRY", "SEGMENT", "Entry", "Index", "Names", "Plan", "alignment_order", "pack"]
 
 #: A run of bytes of a file and its place in memory; the C struct ``hold_segment`` byte for byte.
 #: ``layout`` is 0 for dense memory, else the address of a ``hold_layout`` that the engine's glue
@@ -56,29 +56,6 @@ class Names(Protocol):
 
     def find(self, name: str) -> int:
         """Position of `name`, or -1."""
-
-
-class NameList:
-    """Names that are a Python list already."""
-
-    __slots__ = ("_names", "_positions")
-
-    def __init__(self, names: list[str]) -> None:
-        self._names = names
-        self._positions: dict[str, int] | None = None
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def tolist(self) -> list[str]:
-        """Every name, in header order; the list is the index's own, not to be changed."""
-        return self._names
-
-    def find(self, name: str) -> int:
-        """Position of `name`, or -1."""
-        if self._positions is None:
-            self._positions = {text: i for i, text in enumerate(self._names)}
-        return self._positions.get(name, -1)
 
 
 @dataclass(frozen=True, slots=True)

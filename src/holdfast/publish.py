@@ -15,7 +15,7 @@ from . import _engine, _engine_py
 from .layout import SEGMENT, Plan
 from .progress import ProgressArgument, reporting
 from .source import FileLike, is_path, path_text
-from .views import DENSE, SWAPPED, TensorBatch, dense_strides
+from .views import DENSE, SWAPPED, TensorBatch
 
 __all__ = ["check_target", "write_out"]
 
@@ -119,10 +119,9 @@ def _segments(plan: Plan, batch: TensorBatch) -> _Work:
     odd = (views["flags"][rows] & (DENSE | SWAPPED)) != DENSE
     layouts: list[_engine.Layout] = []
     for i in np.flatnonzero(odd).tolist():
-        view = batch[int(rows[i])]
-        strides = view.strides or dense_strides(view.shape, view.dtype.itemsize)
-        swap = view.dtype.unit if view.swapped else 0
-        layouts.append((i, view.shape, strides, view.dtype.itemsize, swap))
+        layout = batch[int(rows[i])].layout()
+        if layout is not None:
+            layouts.append((i, *layout))
     return _Work(rows, segments, layouts)
 
 

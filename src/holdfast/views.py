@@ -68,6 +68,20 @@ class TensorView:
         """Bytes of the elements laid out densely."""
         return self.dtype.nbytes(self.shape)
 
+    def layout(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int] | None:
+        """What the engine has to know of memory that is not simply dense, or None.
+
+        Returns
+        -------
+        shape, strides, itemsize, swap
+            Strides in bytes; `swap` is the unit whose bytes are reversed on the way, or 0.
+        """
+        if self.strides is None and not self.swapped:
+            return None
+        itemsize = self.dtype.itemsize
+        strides = self.strides or dense_strides(self.shape, itemsize)
+        return self.shape, strides, itemsize, self.dtype.unit if self.swapped else 0
+
 
 @dataclass(slots=True)
 class TensorBatch:
