@@ -58,6 +58,21 @@ def test_theirs_opens_here(tmp_path: Path, mmap: bool) -> None:
         assert f.metadata == {"k": "v"}
 
 
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_misaligned_tensor_is_usable(tmp_path: Path, mmap: bool) -> None:
+    """Any contiguous order is legal, so a foreign file may start doubles at an odd offset."""
+    b = np.arange(4.0)
+    header = (
+        b'{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},'
+        b'"b":{"dtype":"F64","shape":[4],"data_offsets":[3,35]}}'
+    )
+    data = len(header).to_bytes(8, "little") + header + b"\1\2\3" + b.tobytes()
+    (tmp_path / "x").write_bytes(data)
+    got = holdfast.load(tmp_path / "x", mmap=mmap, framework="numpy")
+    assert got["b"].flags.aligned and got["b"].tolist() == b.tolist()
+    assert got["a"].tolist() == [1, 2, 3]
+
+
 def test_alignment(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     sizes = [1, 3, 4096, 64, 100, 8192, 2, 4096 * 5, 192, 12, 0]
