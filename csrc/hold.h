@@ -62,11 +62,12 @@ static inline void hold_buffer_release(hold_buffer *self)
 int hold_buffer_alloc(size_t nbytes, hold_buffer **out);
 
 /*
- * The bytes [offset, offset + nbytes) of a file, mapped private, readable and writable: writes
- * stay in this process. offset need not be page-aligned. The caller has checked that the file is
- * that long; fd may be closed afterwards. nbytes may be 0. Returns 0 or -errno.
+ * The bytes [offset, offset + nbytes) of a file, mapped readable and writable: private, so that
+ * writes stay in this process, or, with `shared` and fd open for writing too, so that they go to
+ * the file. offset need not be page-aligned. The caller has checked that the file is that long; fd
+ * may be closed afterwards. nbytes may be 0. Returns 0 or -errno.
  */
-int hold_buffer_map(int fd, uint64_t offset, size_t nbytes, hold_buffer **out);
+int hold_buffer_map(int fd, uint64_t offset, size_t nbytes, bool shared, hold_buffer **out);
 
 /* How many buffers are alive in this process. */
 size_t hold_buffer_count(void);
@@ -87,6 +88,12 @@ int hold_prefetch(const void *data, size_t nbytes, int threads);
  * it is not where there is so little that faults are as cheap.
  */
 int hold_populate_cached(const void *data, size_t nbytes, size_t most, int threads, bool *out);
+
+/*
+ * Let go of the pages that [data, data + nbytes) of a mapping touches: what was written to them in
+ * this process is lost, and the next access reads them anew. 0 or -errno.
+ */
+int hold_drop(const void *data, size_t nbytes);
 
 /* Bytes of [data, data + nbytes) of a mapping that are in the page cache (mincore). */
 int hold_resident(const void *data, size_t nbytes, uint64_t *out);
@@ -111,6 +118,12 @@ typedef struct hold_layout {
     int32_t reserved;
 } hold_layout;
 
+/*
+ * In `file` of a segment that is written: its memory is of a mapping that nobody has changed, and
+ * its pages are to be let go of once they have been written, as hold_drop() does.
+ */
+#define HOLD_RELEASE 1u
+
 /* A run of bytes of a file and its place in memory. SEGMENT in holdfast/layout.py. */
 typedef struct hold_segment {
     uint64_t offset;
@@ -123,7 +136,7 @@ typedef struct hold_segment {
         const hold_layout *layout; /* NULL: dense */
         uint64_t layout_address;
     };
-    uint32_t file; /* read: index in fds; write: ignored */
+    uint32_t file; /* read: index in fds; write: 0, or HOLD_RELEASE */
     uint32_t crc;  /* out: CRC-32 of the bytes in the file, where checksums were asked for */
 } hold_segment;
 
@@ -133,10 +146,15 @@ typedef struct hold_segment {
  */
 typedef int (*hold_progress)(void *context, uint64_t done);
 
+/* Whether to write past the page cache, with O_DIRECT, where the file takes that. */
+#define HOLD_DIRECT_NEVER 0
+#define HOLD_DIRECT_ALWAYS 1
+#define HOLD_DIRECT_FASTER 2 /* whichever way turns out to be faster, tried as it goes on */
+
 typedef struct hold_options {
     int threads;            /* workers; 0: the engine chooses */
     bool checksum;          /* fill in segment.crc */
-    bool direct;            /* write: try O_DIRECT; read: ignored, hold_read() sees for itself */
+    int direct;             /* write: HOLD_DIRECT_*; read: ignored, hold_read() sees for itself */
     hold_progress progress; /* may be NULL */
     void *context;
 } hold_options;
@@ -174,6 +192,13 @@ int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *opt
  */
 int hold_read(const int *fds, size_t nfds, hold_segment *segments, size_t n,
               const hold_options *options, hold_report *report);
+
+/*
+ * Fill in the crc of segments, sorted by offset and without overlap, from where they are in memory;
+ * nothing is written. Of the options, threads is used. 0, HOLD_ERULE or -ENOMEM.
+ */
+int hold_checksum(hold_segment *segments, size_t n, const hold_options *options,
+                  hold_report *report);
 
 /* ---- publishing --------------------------------------------------------------------------- */
 

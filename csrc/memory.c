@@ -109,7 +109,7 @@ int hold_buffer_alloc(size_t nbytes, hold_buffer **out)
     return 0;
 }
 
-int hold_buffer_map(int fd, uint64_t offset, size_t nbytes, hold_buffer **out)
+int hold_buffer_map(int fd, uint64_t offset, size_t nbytes, bool shared, hold_buffer **out)
 {
     uint64_t begin = offset & ~(uint64_t)(page_size() - 1);
     size_t lead = (size_t)(offset - begin), span;
@@ -132,9 +132,9 @@ int hold_buffer_map(int fd, uint64_t offset, size_t nbytes, hold_buffer **out)
         fixed = MAP_FIXED;
     }
     void *base = NULL;
+    int flags = (shared ? MAP_SHARED : MAP_PRIVATE | MAP_NORESERVE) | fixed;
     if (rc == 0)
-        rc = HOLD_RETRY(hold_sys_mmap(place, span, PROT_READ | PROT_WRITE,
-                                      MAP_PRIVATE | MAP_NORESERVE | fixed, fd, (off_t)begin,
+        rc = HOLD_RETRY(hold_sys_mmap(place, span, PROT_READ | PROT_WRITE, flags, fd, (off_t)begin,
                                       &base));
     if (rc < 0) {
         if (place)
@@ -219,6 +219,17 @@ int hold_populate_cached(const void *data, size_t nbytes, size_t most, int threa
     int rc = hold_prefetch(data, nbytes, threads);
     *out = rc == 0;
     return rc;
+}
+
+int hold_drop(const void *data, size_t nbytes)
+{
+    uintptr_t page = page_size();
+    uintptr_t from = (uintptr_t)data / page * page;
+    uintptr_t end = ((uintptr_t)data + nbytes + page - 1) / page * page;
+    if (nbytes == 0)
+        return 0;
+    int rc = HOLD_RETRY(hold_sys_madvise((char *)from, end - from, MADV_DONTNEED));
+    return rc < 0 ? rc : 0;
 }
 
 int hold_resident(const void *data, size_t nbytes, uint64_t *out)

@@ -8,6 +8,7 @@
 
 #include <assert.h>
 #include <string.h>
+#include <time.h>
 
 #define DIRECT_MIN ((uint64_t)4 << 20)   /* less than this is not worth O_DIRECT */
 #define PREALLOCATE_MIN ((uint64_t)1 << 20)
@@ -15,6 +16,8 @@
 #define BLOCK ((size_t)128 << 10)        /* copied, then summed, while it is in cache */
 #define PIECE ((size_t)1 << 20)          /* written at a time through the page cache */
 #define STRAIGHT_MIN ((size_t)64 << 10)  /* from here on a piece is written where it is */
+#define PROBE ((uint64_t)64 << 20)       /* written at once to learn how fast a way is ... */
+#define BATCH ((uint64_t)192 << 20)      /* ... and before it is judged again */
 #define DIRECT_WORKERS 6
 #define BUFFERED_WORKERS 2
 
@@ -167,10 +170,26 @@ static int put_direct(writer *w, hold_chunk *chunk, hold_worker *worker)
     return put(w, worker, buffer, nbytes + padding, begin);
 }
 
+/* Let go of the pages of mappings that the chunk came from. */
+static int release_chunk(writer *w, hold_chunk *chunk)
+{
+    hold_piece piece = hold_chunk_begin(chunk, w->segments);
+    for (; piece.nbytes; piece = hold_chunk_next(chunk, &piece, piece.nbytes)) {
+        int rc = hold_piece_dense(&piece) && piece.segment->file == HOLD_RELEASE
+                     ? hold_drop(hold_piece_data(&piece), (size_t)piece.nbytes)
+                     : 0;
+        if (rc)
+            return fail(w, rc, piece.offset);
+    }
+    return 0;
+}
+
 static int put_chunk(void *context, size_t i, hold_worker *worker)
 {
     writer *w = context;
-    return (atomic_load(&w->direct) ? put_direct : put_buffered)(w, &w->plan.chunks[i], worker);
+    hold_chunk *chunk = &w->plan.chunks[i];
+    int rc = (atomic_load(&w->direct) ? put_direct : put_buffered)(w, chunk, worker);
+    return rc ? rc : release_chunk(w, chunk);
 }
 
 /* ---- the whole ---------------------------------------------------------------------------- */
@@ -179,7 +198,7 @@ static int put_chunk(void *context, size_t i, hold_worker *worker)
 static bool ask_direct(writer *w, const hold_options *options)
 {
     uint32_t memory = 0, offset = 0;
-    if (!options->direct || w->plan.nbytes < DIRECT_MIN)
+    if (options->direct == HOLD_DIRECT_NEVER || w->plan.nbytes < DIRECT_MIN)
         return false;
     if (hold_sys_statx_dio(w->fd, &memory, &offset) < 0 || !offset)
         memory = offset = ALIGN_MIN; /* not said: what any device takes */
@@ -197,6 +216,59 @@ static int preallocate(writer *w, uint64_t end)
     if (rc == -EOPNOTSUPP || rc == -ENOTSUP || rc == -EINVAL || rc == -ENOSYS)
         return 0;
     return rc < 0 ? rc : 0;
+}
+
+static int set_direct(writer *w, int flags, bool direct)
+{
+    int rc = HOLD_RETRY(hold_sys_fcntl(w->fd, F_SETFL, direct ? flags | O_DIRECT : flags));
+    if (rc < 0 && !(rc == -EINVAL && direct))
+        return fail(w, rc, w->begin);
+    atomic_store(&w->direct, direct && rc == 0);
+    return 0;
+}
+
+static double seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/*
+ * Chunks [first, stop) in whichever way is faster: through the page cache, which copies as fast as
+ * memory does until the kernel has to find pages or to write back, or past it, which is as fast as
+ * the device. Which it is changes from minute to minute, so both are tried, and the slower one is
+ * left as soon as it is seen to be that.
+ */
+static int put_faster(writer *w, size_t first, size_t stop, int flags, const hold_options *options)
+{
+    double rate[2] = {0, 0}; /* last seen, of the page cache and of O_DIRECT, in bytes a second */
+    bool direct = false, used = false;
+    while (first < stop) {
+        uint64_t most = rate[0] == 0 || rate[1] == 0 ? PROBE : BATCH;
+        size_t next = first + 1;
+        while (next < stop && w->plan.chunks[next].end - w->plan.chunks[first].begin <= most)
+            next++;
+        bool wanted = direct;
+        int rc = set_direct(w, flags, wanted);
+        if (rc)
+            return rc;
+        direct = atomic_load(&w->direct);
+        int workers = direct ? DIRECT_WORKERS : BUFFERED_WORKERS;
+        double begun = seconds();
+        rc = hold_job_run(&w->job, first, next, options->threads > 0 ? options->threads : workers);
+        if (rc)
+            return rc;
+        uint64_t moved = w->plan.chunks[next - 1].end - w->plan.chunks[first].begin;
+        rate[direct] = (double)moved / (seconds() - begun + 1e-9);
+        used |= direct && atomic_load(&w->direct);
+        if (wanted && !atomic_load(&w->direct))
+            rate[1] = 1; /* it was refused: never again */
+        direct = rate[1] == 0 || rate[1] > rate[0];
+        first = next;
+    }
+    w->report->direct = used;
+    return 0;
 }
 
 /*
@@ -221,15 +293,18 @@ static int put_all(writer *w, const hold_options *options, bool direct, const ui
     int flags = HOLD_RETRY(hold_sys_fcntl(w->fd, F_GETFL, 0));
     if (flags < 0)
         return fail(w, flags, w->begin);
-    rc = HOLD_RETRY(hold_sys_fcntl(w->fd, F_SETFL, flags | O_DIRECT));
-    if (rc < 0 && rc != -EINVAL)
-        return fail(w, rc, w->begin);
-    if (rc == 0) {
-        atomic_store(&w->direct, true);
-        workers = options->threads > 0 ? options->threads : DIRECT_WORKERS;
+    int done;
+    if (options->direct == HOLD_DIRECT_FASTER) {
+        done = put_faster(w, first, stop, flags, options);
+    } else {
+        rc = set_direct(w, flags, true);
+        if (rc)
+            return rc;
+        if (atomic_load(&w->direct))
+            workers = options->threads > 0 ? options->threads : DIRECT_WORKERS;
+        done = hold_job_run(&w->job, first, stop, workers);
+        w->report->direct = atomic_load(&w->direct);
     }
-    int done = hold_job_run(&w->job, first, stop, workers);
-    w->report->direct = atomic_load(&w->direct);
     rc = HOLD_RETRY(hold_sys_fcntl(w->fd, F_SETFL, flags));
     return done ? done : rc < 0 ? fail(w, rc, w->begin) : 0;
 }

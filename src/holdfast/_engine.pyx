@@ -30,13 +30,16 @@ cdef extern from "hold.h" nogil:
     const int HOLD_EABORT
     const int HOLD_ERULE
     const int HOLD_MAX_NDIM
+    const int HOLD_DIRECT_ALWAYS
+    const int HOLD_DIRECT_FASTER
 
     int hold_buffer_alloc(size_t nbytes, hold_buffer **out)
-    int hold_buffer_map(int fd, uint64_t offset, size_t nbytes, hold_buffer **out)
+    int hold_buffer_map(int fd, uint64_t offset, size_t nbytes, bint shared, hold_buffer **out)
     size_t hold_buffer_count()
     int hold_filesystem(int fd, uint64_t *out)
     int hold_prefetch(const void *data, size_t nbytes, int threads)
     int hold_populate_cached(const void *data, size_t nbytes, size_t most, int threads, boolean *out)
+    int hold_drop(const void *data, size_t nbytes)
     int hold_resident(const void *data, size_t nbytes, uint64_t *out)
 
     uint32_t hold_crc32(uint32_t crc, const void *data, size_t nbytes)
@@ -61,7 +64,7 @@ cdef extern from "hold.h" nogil:
     ctypedef struct hold_options:
         int threads
         bint checksum
-        bint direct
+        int direct
         hold_progress progress
         void *context
 
@@ -73,6 +76,8 @@ cdef extern from "hold.h" nogil:
 
     int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *options,
                    hold_report *report)
+    int hold_checksum(hold_segment *segments, size_t n, const hold_options *options,
+                      hold_report *report)
     int hold_read(const int *fds, size_t nfds, hold_segment *segments, size_t n,
                   const hold_options *options, hold_report *report)
 
@@ -118,15 +123,12 @@ def allocate(size_t nbytes):
     return Buffer.adopt(handle)
 
 
-def map_file(int fd, uint64_t offset, size_t nbytes, filename=None):
-    """The bytes ``[offset, offset + nbytes)`` of a file, mapped private and writable.
-
-    The caller has checked that the file is that long. `fd` may be closed afterwards.
-    """
+def map_file(int fd, uint64_t offset, size_t nbytes, filename=None, bint shared=False):
+    """A part of a file, mapped readable and writable: private, or shared with the file."""
     cdef hold_buffer *handle = NULL
     cdef int rc
     with nogil:
-        rc = hold_buffer_map(fd, offset, nbytes, &handle)
+        rc = hold_buffer_map(fd, offset, nbytes, shared, &handle)
     check(rc, filename)
     return Buffer.adopt(handle)
 
@@ -170,6 +172,15 @@ def populate_cached(Buffer buffer not None, size_t most, int threads=0):
         rc = hold_populate_cached(buffer.handle.data, buffer.handle.nbytes, most, threads, &done)
     check(rc)
     return bool(done)
+
+
+def drop(Buffer buffer not None, size_t offset, size_t nbytes):
+    """Let go of the pages that hold a part of a mapping; the next access reads them anew."""
+    cdef char *data = part(buffer, offset, nbytes)
+    cdef int rc
+    with nogil:
+        rc = hold_drop(data, nbytes)
+    check(rc)
 
 
 def resident(Buffer buffer not None, size_t offset, size_t nbytes):
@@ -322,9 +333,25 @@ cdef object check_transfer(int rc, hold_report *report, Segments rows, Caller ca
     check(rc, filename)
 
 
-def write(int fd, segments, *, layouts=None, int threads=0, bint checksum=True, bint direct=False,
+def checksum(segments, *, layouts=None, int threads=0, filename=None):
+    """Fill in the checksums of segments that writing them would, without writing them."""
+    cdef Segments rows = Segments(segments, layouts)
+    cdef hold_report report
+    cdef hold_options options
+    cdef int rc
+    options.threads = threads
+    with nogil:
+        rc = hold_checksum(rows.rows, rows.n, &options, &report)
+    check_transfer(rc, &report, rows, Caller(), filename)
+
+
+def write(int fd, segments, *, layouts=None, int threads=0, bint checksum=True, direct=False,
           progress=None, filename=None):
-    """Write segments, which lie end to end in the file; whether O_DIRECT was used."""
+    """Write segments, which lie end to end in the file; whether O_DIRECT was used.
+
+    `direct`: True past the page cache, False through it, None in whichever way is faster.
+    Segments whose file is 1 are of unchanged mappings, and let go of once written.
+    """
     cdef Segments rows = Segments(segments, layouts)
     cdef Caller caller = Caller()
     cdef hold_report report
@@ -333,7 +360,7 @@ def write(int fd, segments, *, layouts=None, int threads=0, bint checksum=True, 
     caller.progress = progress
     options.threads = threads
     options.checksum = checksum
-    options.direct = direct
+    options.direct = HOLD_DIRECT_FASTER if direct is None else HOLD_DIRECT_ALWAYS if direct else 0
     options.progress = call_back
     options.context = <void *>caller
     with nogil:
@@ -360,7 +387,7 @@ def read(fds, segments, *, layouts=None, int threads=0, bint checksum=True, prog
         caller.progress = progress
         options.threads = threads
         options.checksum = checksum
-        options.direct = False
+        options.direct = 0
         options.progress = call_back
         options.context = <void *>caller
         with nogil:

@@ -178,7 +178,7 @@ def write(
     layouts: Sequence[Layout] | None = None,
     threads: int = 0,  # noqa: ARG001 - the signature of the C engine
     checksum: bool = True,
-    direct: bool = False,  # noqa: ARG001
+    direct: bool | None = False,  # noqa: ARG001
     progress: Progress = None,
     filename: object = None,
 ) -> bool:
