@@ -1,0 +1,3 @@
+import numpy as np
+
+def shift(crcs: np.ndarray, nbytes: np.ndarray) -> np.ndarray: ...
