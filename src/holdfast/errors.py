@@ -6,7 +6,9 @@ The system's failures stay ``OSError``, a caller's mistakes stay ``TypeError`` a
 
 from __future__ import annotations
 
-__all__ = ["ChecksumError", "FormatError"]
+import pickle
+
+__all__ = ["ChecksumError", "FormatError", "UnsafeError"]
 
 
 class FormatError(ValueError):
@@ -20,3 +22,11 @@ class FormatError(ValueError):
 
 class ChecksumError(FormatError):
     """Bytes were read that do not have the CRC-32 that was recorded when they were written."""
+
+
+class UnsafeError(FormatError, pickle.UnpicklingError):
+    """A pickle asks for what is not allowed without trusting its file.
+
+    The message names the global and says what to pass to allow it. It is an ``UnpicklingError``
+    too, as ``torch.load`` raises.
+    """

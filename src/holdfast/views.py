@@ -13,9 +13,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .dtypes import DTYPES, DType
+from .dtypes import BY_NAME, DTYPES, DType
 
-__all__ = ["DENSE", "SWAPPED", "VIEW", "TensorBatch", "TensorView", "dense_strides"]
+__all__ = [
+    "CONJUGATE",
+    "DENSE",
+    "NEGATIVE",
+    "SWAPPED",
+    "VIEW",
+    "Storages",
+    "TensorBatch",
+    "TensorView",
+    "dense_strides",
+]
 
 #: One tensor in memory. ``dims`` is the index of its first extent in ``TensorBatch.dims``
 #: (and of its first stride in ``TensorBatch.strides``); ``nbytes`` is what it occupies when dense.
@@ -35,6 +45,10 @@ VIEW = np.dtype(
 DENSE = 1
 #: Flag of :data:`VIEW`: the elements have the byte order that the machine does not have.
 SWAPPED = 2
+#: Flag of :data:`VIEW`: the tensor is the complex conjugate of what is in memory.
+CONJUGATE = 4
+#: Flag of :data:`VIEW`: the tensor is the negation of what is in memory.
+NEGATIVE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +98,38 @@ class TensorView:
 
 
 @dataclass(slots=True)
+class Storages:
+    """Runs of memory that tensors are views of, as columns; each owned by a Buffer.
+
+    Attributes
+    ----------
+    address : ndarray of uint64, shape (n,)
+        0 for one that was not wanted.
+    nbytes : ndarray of uint64, shape (n,)
+    owners : sequence of Buffer
+    owner : ndarray of int64, shape (n,)
+        Index in `owners`.
+    """
+
+    address: np.ndarray
+    nbytes: np.ndarray
+    owners: Sequence[object]
+    owner: np.ndarray
+
+    def rows(self, which: Sequence[int]) -> TensorBatch:
+        """Some of them, as dense tensors of bytes."""
+        views = np.zeros(len(which), VIEW)
+        views["address"] = self.address[which]
+        views["nbytes"] = self.nbytes[which]
+        views["dims"] = np.arange(len(which))
+        views["dtype"] = BY_NAME["uint8"].code
+        views["ndim"] = 1
+        views["flags"] = DENSE
+        dims = self.nbytes[which].astype(np.int64)
+        return TensorBatch(views, dims, self.owners, owner=self.owner[which])
+
+
+@dataclass(slots=True)
 class TensorBatch:
     """Many tensors in memory, as columns.
 
@@ -101,6 +147,8 @@ class TensorBatch:
         objects, of which `owner` picks one for each row.
     owner : ndarray of int64 or None
         Index in `owners` for each row; None where all rows share ``owners[0]``.
+    storages : Storages or None
+        What the rows are views of, where several may be views of one.
     """
 
     views: np.ndarray
@@ -108,6 +156,7 @@ class TensorBatch:
     owners: Sequence[object]
     strides: np.ndarray | None = None
     owner: np.ndarray | None = field(default=None)
+    storages: Storages | None = None
 
     def __len__(self) -> int:
         return len(self.views)
