@@ -47,12 +47,12 @@ def file(
             for kind, array in zip(names, arrays, strict=True)
         ]
     )
-    settings = {"framework": "numpy", "metadata": None, "tree": None, "checksum": True}
+    settings = {"framework": "numpy", "metadata": None, "structure": None, "checksum": True}
     settings.update(options)
     plan = form.plan(list(tensors), batch, **settings)
     crcs = np.array([zlib.crc32(array.tobytes()) for array in arrays], np.uint32)
     out = bytearray(plan.size)
-    head = form.seal(plan, crcs if settings["checksum"] else None)
+    head = form.seal(plan, crcs if settings["checksum"] else None).data
     out[: len(head)] = head
     for array, offset in zip(arrays, plan.offsets.tolist(), strict=True):
         out[offset : offset + array.nbytes] = array.tobytes()
@@ -215,7 +215,7 @@ FLIPPED = {
     "all of it": file(
         {"a": W, "z": W.astype(complex), "é\n": W[:0]},
         metadata={"format": "own", "k\\": "\\X", "X": ",", ",": ":"},
-        tree={"x": [1, {"y": None}]},
+        structure={"x": [1, {"y": None}]},
     ),
     "near keys": file({"w": W}, metadata={"Holdfast": '{"version":1,"crc32":"00000000"}'}),
     "spaces as data": file({"w": SPACES}, checksum=False),
@@ -330,7 +330,7 @@ BAD_MARKS = {
 @pytest.mark.parametrize("case", BAD_MARKS)
 def test_bad_marks(case: str) -> None:
     old, new, message = BAD_MARKS[case]
-    data = file({"b": BYTES}, tree=1)
+    data = file({"b": BYTES}, structure=1)
     assert read(data).tree == 1
     wrong = remark(data, old, new)
     with pytest.raises(FormatError, match=message) as caught:
@@ -342,7 +342,7 @@ def test_bad_marks(case: str) -> None:
 
 
 def test_good_types() -> None:
-    data = file({"b": BYTES}, tree=1)
+    data = file({"b": BYTES}, structure=1)
     data = remark(data, b'\\"tree\\":1', b'\\"dtypes\\":{\\"0\\":\\"complex128\\"}')
     assert (read(data).dtype(0).name, read(data).shape(0)) == ("complex128", (2,))
 
@@ -350,7 +350,7 @@ def test_good_types() -> None:
 def test_a_header_that_another_tool_rewrote() -> None:
     package = pytest.importorskip("safetensors")
     numpy = pytest.importorskip("safetensors.numpy")
-    data = file({"w": W, "z": W.astype(complex)}, tree=[0], metadata={"note": "x"})
+    data = file({"w": W, "z": W.astype(complex)}, structure=[0], metadata={"note": "x"})
     assert package.deserialize(data)
     copied = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     again = numpy.save(numpy.load(data), metadata=copied)
@@ -382,7 +382,7 @@ def test_metadata_that_is_refused(metadata: Any, error: type[Exception], message
 def test_a_tree_that_is_no_json() -> None:
     for tree in (float("nan"), object()):
         with pytest.raises((ValueError, TypeError), match="JSON"):
-            file({"w": W}, tree=tree)
+            file({"w": W}, structure=tree)
 
 
 def test_a_header_too_long_says_to_shard() -> None:
@@ -391,7 +391,7 @@ def test_a_header_too_long_says_to_shard() -> None:
     with pytest.raises(
         ValueError, match=r"takes 1\d{8} bytes for 1100 tensors, .*100000000.*shards"
     ):
-        form.plan(names, batch, framework=None, metadata=None, tree=None, checksum=False)
+        form.plan(names, batch, framework=None, metadata=None, structure=None, checksum=False)
 
 
 @pytest.mark.parametrize(
