@@ -1,7 +1,8 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from holdfast._buffer cimport hold_buffer
+from holdfast._buffer cimport Buffer, hold_buffer
+from holdfast.adapters._columns cimport View
 
 
 cdef extern from "dlpack.h" nogil:
@@ -19,6 +20,7 @@ cdef extern from "dlpack.h" nogil:
         int32_t ndim
         hold_dl_dtype dtype
         int64_t *shape
+        int64_t *strides
         uint64_t byte_offset
 
     ctypedef struct hold_dl_version:
@@ -45,3 +47,23 @@ cdef extern from "dlpack.h" nogil:
                                        hold_dl_dtype dtype, int32_t ndim, const int64_t *shape)
     void hold_dl_block_undo(hold_dl_block *block)
     void hold_dl_block_close(hold_dl_block *block)
+
+
+cdef extern from "Python.h":
+    ctypedef object (*Getter "descrgetfunc")(object descriptor, object obj, object type)
+
+
+cdef class Exchange:
+    cdef object capsule, tensor, parameter, requires_grad, is_neg, is_conj
+    cdef tuple byte_dtypes
+    cdef const hold_dl_exchange *api
+    cdef Getter get_requires_grad
+
+    cdef object kind(self, object tensor)
+    cdef bint records(self, object tensor) except -1
+    cdef int look(self, object tensor, hold_dl_tensor *out) except -2
+    cdef int wrap_block(self, View[::1] rows, const long long[::1] dims, list buffers,
+                        const long long[::1] choice, list made, Py_ssize_t start) except -1
+    cdef int import_managed(self, hold_dl_managed *managed, void **made) except -1
+    cdef object wrap_row(self, hold_dl_block *block, Buffer buffer, const View *row,
+                         const long long[::1] dims)

@@ -4,7 +4,7 @@
 from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF
-from libc.stdint cimport int16_t, uintptr_t
+from libc.stdint cimport int16_t, int64_t, uintptr_t
 
 from holdfast._buffer cimport Buffer
 from holdfast.adapters._columns cimport View
@@ -16,7 +16,6 @@ from holdfast import dtypes, views as waist
 __all__ = ["Exchange"]
 
 cdef extern from "Python.h":
-    ctypedef object (*Getter "descrgetfunc")(object descriptor, object obj, object type)
     ctypedef struct Type "PyTypeObject":
         Getter tp_descr_get
     Type *Py_TYPE(object)
@@ -137,11 +136,6 @@ cdef class Exchange:
         If the API is not one that this library can use.
     """
 
-    cdef object capsule, tensor, parameter, requires_grad, is_neg, is_conj
-    cdef tuple byte_dtypes
-    cdef const hold_dl_exchange *api
-    cdef Getter get_requires_grad
-
     def __init__(self, tensor, parameter, tuple byte_dtypes):
         self.tensor, self.parameter, self.byte_dtypes = tensor, parameter, byte_dtypes
         self.capsule = tensor.__dlpack_c_exchange_api__
@@ -198,9 +192,13 @@ cdef class Exchange:
     cdef object kind(self, object tensor):
         """What the type and the gradient of a tensor have to say, or None."""
         cdef bint parameter = <object>type(tensor) is self.parameter
-        if self.get_requires_grad(self.requires_grad, tensor, <object>type(tensor)) is True:
+        if self.records(tensor):
             return "parameter" if parameter else "requires_grad"
         return "parameter,frozen" if parameter else None
+
+    cdef bint records(self, object tensor) except -1:
+        """Whether gradients of a tensor are recorded."""
+        return self.get_requires_grad(self.requires_grad, tensor, <object>type(tensor)) is True
 
     cdef int look(self, object tensor, hold_dl_tensor *out) except -2:
         """Describe `tensor` if memory says all of it: the code of its dtype, or else -1."""

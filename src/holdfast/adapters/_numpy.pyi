@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 
+def address(array: Any) -> int: ...
 def describe(
     arrays: list[Any],
     user: dict[int, int],

@@ -13,7 +13,7 @@ import numpy as np
 
 from holdfast import dtypes, views as waist
 
-__all__ = ["describe", "wrap"]
+__all__ = ["address", "describe", "wrap"]
 
 cdef extern from "numpy/arrayobject.h":
     PyTypeObject PyArray_Type
@@ -91,6 +91,11 @@ def describe(list arrays, dict user, vet, name_kind):
         used += put(&rows[i], array, code, used, &shape[used], &steps[used])
         dense = dense and rows[i].flags & DENSE
     return views, dims[:used], None if dense else strides[:used], kinds
+
+
+def address(cnp.ndarray array not None):
+    """Address of the element with index zero everywhere."""
+    return <uintptr_t>cnp.PyArray_DATA(array)
 
 
 cdef int put(View *row, cnp.ndarray array, int code, Py_ssize_t start, long long *shape,

@@ -1,0 +1,22 @@
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._dlpack import Exchange
+from .base import Placed
+
+class Places:
+    keys: list[str]
+    storages: list[Any]
+    def __init__(
+        self,
+        exchange: Exchange | None,
+        place: Callable[[Any], tuple[int, int, tuple[int, ...], tuple[int, ...], bool] | None],
+        said: Sequence[int],
+    ) -> None: ...
+    def add(self, tensor: Any) -> Placed | None: ...
+    @property
+    def placer(self) -> object: ...
+    def see(self, storage: Any, said: int, code: int, memory: bool = True) -> int: ...
+    def columns(self) -> tuple[np.ndarray, np.ndarray]: ...
