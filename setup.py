@@ -22,6 +22,7 @@ ENGINE = ["sys", "threads", "crc", "crc_x86", "strided", "memory", "segments", "
 ENGINE += ["checksum", "uncached", "draft", "publish"]
 HEADER = ["json", "header_names", "header_check", "header_scan", "header_compact", "header_emit"]
 HEADER += ["crc", "crc_x86"]
+ZIP = ["zip_scan", "zip_local", "zip_emit", "header_names", "crc", "crc_x86"]
 
 define = [("_GNU_SOURCE", "1"), ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
 compile_args = ["-std=c11", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
@@ -60,8 +61,19 @@ extensions = [
     extension("holdfast._buffer", []),
     extension("holdfast._engine", ENGINE),
     extension("holdfast.formats._header", HEADER),
+    extension("holdfast.formats._zip", ZIP),
+    extension("holdfast.formats._crc", ["crc", "crc_x86"]),
+    extension("holdfast.formats._inert", []),
+    extension("holdfast.formats._pickle_stack", []),
+    extension("holdfast.formats._pickle", []),
+    extension("holdfast.formats._torch_table", []),
+    extension("holdfast.formats._torch_usual", []),
+    extension("holdfast.formats._torch_outline", []),
+    extension("holdfast.formats._torch_replay", []),
+    extension("holdfast.formats._pickle_emit", []),
     extension("holdfast.adapters._numpy", [], (numpy.get_include(),)),
     extension("holdfast.adapters._dlpack", ["dlpack"]),
+    extension("holdfast.adapters._torch_place", []),
 ]
 if only := os.environ.get("HOLDFAST_ONLY"):
     wanted = only.split(",")

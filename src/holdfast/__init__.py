@@ -7,9 +7,9 @@
 {'w': array([1., 1., 1.], dtype=float32), 'step': 7}
 """
 
-from .api import load, load_into, open, save, verify
+from .api import convert, load, load_into, open, save, verify
 from .checkpoint import Checkpoint
-from .errors import ChecksumError, FormatError
+from .errors import ChecksumError, FormatError, UnsafeError
 from .fill import IncompatibleKeys
 from .layout import Entry
 from .verification import Report
@@ -23,6 +23,8 @@ __all__ = [
     "FormatError",
     "IncompatibleKeys",
     "Report",
+    "UnsafeError",
+    "convert",
     "load",
     "load_into",
     "open",

@@ -8,22 +8,19 @@ There is no branch here on a framework or on a format; each step asks one of the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
-from . import adapters, fetch, formats, objects
-from .checkpoint import Checkpoint, Reader, open_checkpoint
-from .collect import collect
+from .checkpoint import Checkpoint, open_checkpoint
 from .fill import IncompatibleKeys, fill_from
-from .progress import ProgressArgument, reporting
-from .publish import check_target, write_out
-from .source import FileLike, is_path, open_source
+from .loading import LoadOptions, load_file
+from .pickled import Trust
+from .progress import ProgressArgument
+from .saving import SaveOptions, save_file
+from .source import FileLike
 from .verification import Report, verify_file
 
-__all__ = ["load", "load_into", "open", "save", "verify"]
+__all__ = ["convert", "load", "load_into", "open", "save", "verify"]
 
 #: More threads than any machine has a use for; the engine's own limit may be lower.
 _MAX_THREADS = 1 << 16
@@ -53,18 +50,25 @@ def save(
         like as leaves: a state dict, a training checkpoint. Tensors may be strided, expanded or of
         a foreign byte order; only the elements that they show are written, in C order. Tensors that
         are one memory are stored once.
+
+        To a torch format goes all that ``torch.save`` takes, as it takes it: a storage of torch's
+        is written once and whole, with all that tensors are views of. Programs, a ``ScriptModule``
+        or an ``ExportedProgram``, are written by torch, to ``.pt`` and ``.pt2``.
     f : str, bytes, os.PathLike or binary file object
         Where to. A symbolic link is followed. A file object is written from its position on, in
         order; of the promises about replacing and durability none holds for it.
-    format : str, optional
-        ``"safetensors"``. By default that which the extension of the path means.
+    format : {"safetensors", "torch", "torch_legacy"}, optional
+        By default that which the extension of the path means: ``.pt``, ``.pth``, ``.bin`` and
+        ``.ckpt`` the archive that ``torch.load`` reads (``"torch"``), any other the container.
+        ``"torch_legacy"`` is what torch before 1.6 wrote.
     durable : bool
         Whether to return only when the data are on the device (fsync of the file and of its
         directory). False leaves that to the system; replacing stays atomic.
     checksum : bool
-        Whether to store a CRC-32 of each tensor, for ``load`` and ``verify`` to check.
+        Whether to store a CRC-32 of each tensor (or storage), for ``load`` and ``verify`` to check.
+        ``"torch_legacy"`` has no place for them.
     metadata : mapping of str to str, optional
-        Whatever should stand in the header besides.
+        Whatever should stand in the header besides. ``"torch_legacy"`` has no place for it either.
     threads : int, optional
         How many threads write. By default what measured fastest.
     progress : bool or callable, optional
@@ -76,15 +80,19 @@ def save(
         Something in `obj` cannot be held; the message has its path and says which way works.
         Nothing has been written.
     ValueError
-        `obj` contains itself, or the header would be too large and the tensors should be sharded.
+        `obj` contains itself, or the header would be too large and the tensors should be sharded;
+        an unknown format, or metadata that have no place in it.
+    pickle.PicklingError, AttributeError, RuntimeError
+        To a torch format: what ``torch.save`` raises for `obj`. Nothing has been written.
     OSError
         Of the system; the file of that name is what it was.
 
     Notes
     -----
-    No copy of the tensors is made: beside them, a save takes at most 64 MiB of memory. (Only of
-    torch tensors whose conjugation or negation is still to be done, a copy is.) Tensors must not
-    change while they are being saved: what is written may then not match its checksum.
+    No copy of the tensors is made: beside them (and the pickle), a save takes at most 64 MiB of
+    memory. (Only of torch tensors whose conjugation or negation is still to be done, a copy is,
+    but not to torch formats.) Tensors must not change while they are being saved: what is written
+    may then not match its checksum.
 
     Examples
     --------
@@ -94,29 +102,17 @@ def save(
     >>> holdfast.load(path)["epoch"]
     3
     """
-    check_target(f)
-    workers = _threads(threads)
-    extension = os.path.splitext(os.fsdecode(f))[1].lower() if is_path(f) else ""  # type: ignore[arg-type]
-    form = formats.for_saving(format, extension)
-    flat, blobs = objects.flatten(obj)
-    found = collect(flat.names, flat.leaves)
-    plan = form.plan(
-        found.names,
-        found.batch,
-        framework=found.framework,
-        metadata=metadata,
-        tree=objects.tree_of(flat, blobs, found),
-        checksum=checksum,
-    )
-    write_out(
+    save_file(
+        obj,
         f,
-        plan,
-        found.batch,
-        form.seal,
-        durable=durable,
-        checksum=checksum,
-        threads=workers,
-        progress=progress,
+        SaveOptions(
+            format=format,
+            durable=durable,
+            checksum=checksum,
+            metadata=metadata,
+            threads=_threads(threads),
+            progress=progress,
+        ),
     )
 
 
@@ -125,6 +121,7 @@ def load(
     map_location: Any = None,
     *,
     weights_only: bool = True,
+    safe_globals: Iterable[Any] = (),
     mmap: bool | None = None,
     framework: str | None = None,
     keys: str | Iterable[str] | None = None,
@@ -132,7 +129,10 @@ def load(
     threads: int | None = None,
     progress: ProgressArgument = None,
 ) -> Any:
-    """Load what :func:`save` saved, or any safetensors file.
+    """Load what :func:`save` saved, any safetensors file, or any file of ``torch.save``.
+
+    Of a program (TorchScript, ``torch.export``) the parameters and buffers come back under the
+    names that they have in its ``state_dict``.
 
     Parameters
     ----------
@@ -140,11 +140,18 @@ def load(
         What it is is told from its content, never from its name. A file object is read from its
         position on.
     map_location : optional
-        As for ``torch.load``: a device, a dict of devices, or a callable ``(tensor, "cpu")``. None
-        leaves tensors where they are read: in the memory of the host.
+        As for ``torch.load``: a device, a dict of devices, or a callable. Of a file of
+        ``torch.save`` it is given storages and the device that each was saved from, and None puts
+        them there; of others it is given tensors and ``"cpu"``, and None leaves them in the memory
+        of the host.
     weights_only : bool
-        Code is never run from a file. False would allow it in formats that can hold code; none of
-        those that are read here can, so both values read alike.
+        True is a promise: no code from the file runs, and nothing outside an exact list of tensors,
+        containers and plain values is made. False unpickles whatever a file of ``torch.save``
+        holds, whole modules say, and gives the program that a TorchScript or ``torch.export`` file
+        holds: that may run any code, so only for files that you trust.
+    safe_globals : iterable
+        Classes and functions that a pickle may use besides, or pairs of one and the full name that
+        the file has for it.
     mmap : bool, optional
         True maps the file: tensors are views of it, writable and private to the process, and cost
         no read until they are touched. Many processes that map one file share one copy of it. False
@@ -156,7 +163,7 @@ def load(
         that framework is not installed.
     keys : str or iterable of str, optional
         Names of tensors, or glob patterns (``"encoder.*"``). Only these are read, and they come
-        back as a flat dict.
+        back as a flat dict, whatever else the file holds.
     verify : bool, optional
         Whether to check the checksums. None checks them when tensors are read (they are computed
         as the bytes go by) and not when they are mapped, which would read the whole file. The
@@ -175,8 +182,8 @@ def load(
     Raises
     ------
     FormatError
-        The bytes are not those of a sound file; ChecksumError where it is a checksum. The
-        message names the tensor.
+        The bytes are not those of a sound file; ChecksumError where it is a checksum; UnsafeError
+        where a pickle asks for what is not allowed. The message names the tensor, or what to pass.
     FileNotFoundError, IsADirectoryError, PermissionError, OSError
         Of the system.
     KeyError
@@ -187,47 +194,86 @@ def load(
     While a file is mapped, do not change it in place: processes that map it see the change, or get
     SIGBUS where it was cut. :func:`save` does not: it replaces the file, and maps keep the old one.
     """
-    del weights_only  # a promise to formats that can hold code; none of these can
-    workers = _threads(threads)
-    if framework is not None:
-        adapters.by_name(framework)  # so that a bad name is told before a bad file
-    with Reader(open_source(f), verify=verify is not False) as reader:
-        source, index = reader.source, reader.index
-        adapter = adapters.choose(framework, index.framework)
-        if mmap and not source.mappable:
-            raise ValueError(f"{source.name}: mmap=True needs the path of a regular file")
-        mapped = source.local if mmap is None else mmap
-        chosen = None if keys is None else reader.select(keys)
-        if chosen is None:
-            rows = np.arange(len(index), dtype=np.int64)
-        else:
-            rows = np.array(sorted(set(chosen.values())), np.int64)
-        check = index.crcs is not None and (not mapped if verify is None else verify)
-        total = int(index.entries["nbytes"][rows].sum())
-        with reporting(progress, total) as report:
-            if not mapped:
-                batch = fetch.read_tensors(
-                    source, index, rows, verify=check, threads=workers, progress=report
-                )
-            else:
-                if check:
-                    fetch.verify_rows(source, index, rows, threads=workers, progress=report)
-                batch = fetch.map_tensors(source, index, rows)
-        made = objects.Assembler(
-            index,
-            batch,
-            rows,
-            adapter,
-            name=source.name,
-            forced=framework is not None,
-            kinds=reader.kinds,
-            location=map_location,
-        )
-        return made.whole() if chosen is None else made.named(chosen)
+    return load_file(
+        f,
+        LoadOptions(
+            map_location=map_location,
+            mmap=mmap,
+            framework=framework,
+            keys=keys,
+            verify=verify,
+            threads=_threads(threads),
+            progress=progress,
+            trust=Trust(weights_only=weights_only, safe_globals=tuple(safe_globals)),
+        ),
+    )
+
+
+def convert(
+    src: FileLike,
+    dst: FileLike,
+    format: str | None = None,
+    *,
+    durable: bool = True,
+    checksum: bool = True,
+    threads: int | None = None,
+    progress: ProgressArgument = None,
+) -> None:
+    """Write what is in one file to another, in another format.
+
+    No tensor is made and none is decoded: bytes go from a map of the one file to the other, so that
+    the memory taken does not grow with them. Checksums of `src`, where it has them, are checked.
+
+    Parameters
+    ----------
+    src : str, bytes, os.PathLike or binary file object
+        As for :func:`load`. A file object is read into memory first.
+    dst : str, bytes, os.PathLike or binary file object
+        As for :func:`save`; it may be `src` itself.
+    format : str, optional
+        As for :func:`save`: by default that which the extension of `dst` means.
+    durable, checksum, threads, progress
+        As for :func:`save`.
+
+    Warns
+    -----
+    UserWarning
+        `src` holds more than values, a whole module say, which cannot be had without running code,
+        or a tensor of a special kind: `dst` is then a flat dict of what :func:`open` names. Or it
+        has metadata, and the other format no place for them.
+
+    Raises
+    ------
+    FormatError, TypeError, ValueError, OSError
+        As :func:`load` and :func:`save` do; `dst` is then what it was.
+
+    Examples
+    --------
+    >>> import numpy, tempfile, holdfast
+    >>> folder = tempfile.mkdtemp()
+    >>> holdfast.save({"w": numpy.eye(2)}, folder + "/model.pt")
+    >>> holdfast.convert(folder + "/model.pt", folder + "/model.safetensors")
+    >>> holdfast.load(folder + "/model.safetensors")["w"].tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    from .conversion import convert_file
+
+    convert_file(
+        src,
+        dst,
+        format=format,
+        durable=durable,
+        checksum=checksum,
+        threads=_threads(threads),
+        progress=progress,
+    )
 
 
 def open(f: FileLike, *, framework: str | None = None, threads: int | None = None) -> Checkpoint:
-    """Open a file without reading more than its header.
+    """Open a file without reading more than its header, or of torch's files the pickle.
+
+    Nothing that the file names is imported or run. Of a module that was saved whole, the names are
+    those of its ``state_dict``.
 
     Parameters
     ----------

@@ -41,6 +41,8 @@ class Reader:
         try:
             prefix = source.peek(formats.PREFIX)
             form = formats.recognise(prefix, source.size, source.name)
+            if form.NEEDS_SIZE:
+                source.settle()
             self.index: Index = form.index(source.read, source.size, source.name, verify=verify)
         except BaseException:
             source.close()
@@ -64,6 +66,8 @@ class Reader:
 
         Not among them is what was stored for a long ``bytes`` or ``str``. Not to be changed.
         """
+        if self._paths is None and self.index.structure is not None:
+            self._paths = dict(self.index.structure.paths())
         if self._paths is None:
             try:
                 paths = tree.leaf_paths(self.index.tree, self.index.names.tolist())
@@ -90,6 +94,8 @@ class Reader:
 
     def position(self, name: str) -> int:
         """The entry of the tensor called `name`, or -1."""
+        if self.index.structure is not None:
+            return self.paths().get(name, -1)
         row = self.index.names.find(name)
         if self.index.tree is None:
             return row
@@ -192,7 +198,8 @@ class Checkpoint(Mapping[str, Any]):
 
     def __len__(self) -> int:
         index = self._reader.index
-        return len(index) if index.tree is None else len(self._reader.paths())
+        plain = index.tree is None and index.structure is None
+        return len(index) if plain else len(self._reader.paths())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._reader.paths())
@@ -258,7 +265,7 @@ class Checkpoint(Mapping[str, Any]):
             rows = np.array(sorted(set(self._reader.select(keys).values())), np.int64)
         if self._mapped:
             buffer = self._map()
-            for start, stop in _runs(index, rows):
+            for start, stop in _runs(fetch.stretches(index, rows)):
                 _engine.prefetch(buffer, start, stop - start, self._threads)
         else:
             batch = self._read(rows)
@@ -304,7 +311,7 @@ class Checkpoint(Mapping[str, Any]):
     def _map(self) -> Buffer:
         if self._buffer is None:
             source = self._reader.source
-            self._buffer = _engine.map_file(source.fd, 0, self._reader.index.end, source.name)
+            self._buffer = source.map(self._reader.index.end)
         return self._buffer
 
     def _read(self, rows: np.ndarray) -> TensorBatch:
@@ -313,7 +320,7 @@ class Checkpoint(Mapping[str, Any]):
             self._reader.source,
             index,
             rows,
-            verify=index.crcs is not None,
+            verify=fetch.checkable(index),
             threads=self._threads,
         )
 
@@ -327,8 +334,8 @@ class Checkpoint(Mapping[str, Any]):
             batch = self._read(rows)
         return self._assembler(batch, rows).named({"": row})[""]
 
-    def _assembler(self, batch: TensorBatch, rows: np.ndarray) -> objects.Assembler:
-        return objects.Assembler(
+    def _assembler(self, batch: TensorBatch, rows: np.ndarray) -> objects.Maker:
+        return objects.assembler(
             self._reader.index,
             batch,
             rows,
@@ -336,6 +343,7 @@ class Checkpoint(Mapping[str, Any]):
             name=self._reader.source.name,
             forced=self._forced,
             kinds=self._reader.kinds,
+            location="cpu" if self._reader.index.locations else None,
         )
 
     def _part(self, name: str, key: Any) -> Any:
@@ -343,7 +351,11 @@ class Checkpoint(Mapping[str, Any]):
         shape = self._reader.index.shape(row)
         first = key[0] if isinstance(key, tuple) and key else key
         plain = shape and type(first) in (int, slice) and row not in self._reader.kinds
-        if self._mapped or row in self._held or not plain:
+        if (
+            self._mapped
+            or row in self._held
+            or not (plain and fetch.partial(self._reader.index, row))
+        ):
             return self[name][key]
         self._check_open()
         rest = key[1:] if isinstance(key, tuple) else ()
@@ -374,12 +386,11 @@ def _span(key: int | slice, extent: int, name: str) -> tuple[int, int, int | sli
     return low, high + 1, local
 
 
-def _runs(index: Index, rows: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the file that these entries cover, neighbours joined."""
-    entries = index.entries[rows]
-    order = np.argsort(entries["offset"], kind="stable")
-    starts = entries["offset"][order].astype(np.int64)
-    stops = starts + entries["nbytes"][order].astype(np.int64)
+def _runs(segments: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the file that segments cover, neighbours joined."""
+    order = np.argsort(segments["offset"], kind="stable")
+    starts = segments["offset"][order].astype(np.int64)
+    stops = starts + segments["nbytes"][order].astype(np.int64)
     gaps = np.flatnonzero(starts[1:] > stops[:-1]) + 1
     for begin, end in itertools.pairwise([0, *gaps.tolist(), len(starts)]):
         if end > begin and stops[end - 1] > starts[begin]:

@@ -60,15 +60,21 @@ def opaque(text: str | None) -> str:
     return kind if kind.startswith("dtype:") else ""
 
 
-def collect(names: list[str], leaves: list[object]) -> Collection:
-    """Describe `leaves`, and find which of them are one tensor.
+def collect(
+    names: list[str],
+    leaves: list[object],
+    known: Sequence[Adapter] | None = None,
+    *,
+    ties: bool = True,
+) -> Collection:
+    """Describe `leaves`, and find which of them are one tensor, unless `ties` is False.
 
     Raises
     ------
     TypeError
         A leaf cannot be held; the message has its name.
     """
-    groups = by_adapter(leaves)
+    groups = by_adapter(leaves, known)
     framework = max(groups, key=lambda adapter: len(groups[adapter])).name if groups else None
     kinds: dict[int, str] = {}
     parts: list[tuple[np.ndarray | None, TensorBatch]] = []
@@ -84,16 +90,18 @@ def collect(names: list[str], leaves: list[object]) -> Collection:
         for i, kind in own.items():
             kinds[i if whole else rows[i]] = join_kind(adapter.name, kind)
     batch = _merge(parts, len(leaves))
-    keep, position = _ties(batch)
+    keep, position = _ties(batch) if ties else (None, range(len(batch)))
     if keep is None:
         return Collection(names, batch, position, kinds, framework)
     stored = TensorBatch(batch.views[keep], batch.dims, batch.owners, batch.strides)
     return Collection([names[row] for row in keep], stored, position, kinds, framework)
 
 
-def by_adapter(leaves: list[object]) -> Mapping[Adapter, Sequence[int]]:
+def by_adapter(
+    leaves: list[object], known: Sequence[Adapter] | None = None
+) -> Mapping[Adapter, Sequence[int]]:
     """Rows of `leaves` for each adapter, in the order of the adapters' table."""
-    known = adapters.loaded()
+    known = adapters.loaded() if known is None else known
     types = set(map(type, leaves))
     owner: dict[type, Adapter | None] = {
         kind: next((a for a in known if kind in a.plain_types), None) for kind in types

@@ -8,22 +8,28 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from . import _engine, _engine_py
+from . import _engine, _engine_py, storages
 from ._buffer import Buffer
 from .dtypes import DTYPES
 from .errors import ChecksumError
-from .layout import SEGMENT, Index
+from .layout import CHECKED, SEGMENT, Index
 from .source import Source
 from .views import DENSE, VIEW, TensorBatch
 
 __all__ = [
+    "blank_tensors",
     "check",
+    "checkable",
+    "expected_crcs",
     "map_tensors",
     "mismatch",
     "move",
+    "partial",
     "read_part",
     "read_tensors",
     "segments_of",
+    "stretches",
+    "total",
     "verify_rows",
 ]
 
@@ -57,7 +63,12 @@ def segments_of(index: Index, rows: np.ndarray) -> np.ndarray:
 
 
 def map_tensors(
-    source: Source, index: Index, rows: np.ndarray, buffer: Buffer | None = None
+    source: Source,
+    index: Index,
+    rows: np.ndarray,
+    buffer: Buffer | None = None,
+    *,
+    aligned: bool = True,
 ) -> TensorBatch:
     """Tensors over a private, writable map of the file.
 
@@ -70,17 +81,23 @@ def map_tensors(
         Which entries of `index`.
     buffer : Buffer, optional
         The map, where there is one already.
+    aligned : bool
+        Whether the tensors are to be used; False where their bytes alone count.
     """
     if buffer is None:
-        buffer = _engine.map_file(source.fd, 0, index.end, source.name)
+        buffer = source.map(index.end)
         if len(rows) == len(index):
             with contextlib.suppress(OSError):  # a wish: pages come one by one without it
                 _engine.populate_cached(buffer, POPULATE_MOST, 2)
+    if index.storages is not None:
+        which = storages.used(index, rows)
+        found = storages.map_storages(source, index, which, buffer, _place, move, aligned=aligned)
+        return storages.view_entries(index, found, rows)
     batch = _batch(index, rows)
     batch.views["address"] = index.entries["offset"][rows] + np.uint64(buffer.address)
     batch.owners = [buffer]
     stray = index.entries["offset"][rows] % _UNITS[batch.views["dtype"]] != 0
-    if stray.any():
+    if aligned and stray.any():
         repaired = read_tensors(source, index, rows[stray], verify=False)
         batch.views["address"][stray] = repaired.views["address"]
         assert repaired.owner is not None
@@ -108,14 +125,69 @@ def read_tensors(
     FormatError
         The file ends too soon.
     """
+    if index.storages is not None:
+        found = storages.read_storages(
+            source,
+            index,
+            storages.used(index, rows),
+            verify=verify,
+            place=_place,
+            move=move,
+            threads=threads,
+            progress=progress,
+        )
+        return storages.view_entries(index, found, rows)
     batch = _batch(index, rows)
-    _place(batch)
+    nbytes = batch.views["nbytes"].astype(np.int64)
+    batch.views["address"], batch.owner, batch.owners = _place(nbytes)
     segments = segments_of(index, rows)
     segments["address"] = batch.views["address"]
     move(source, segments, verify=verify, threads=threads, progress=progress)
     if verify:
         check(source.name, index, rows, segments)
     return batch
+
+
+def blank_tensors(index: Index, rows: np.ndarray) -> TensorBatch:
+    """Tensors in fresh memory, for where nobody wants to know what is in the file: zeros."""
+    if index.storages is not None:
+        found = storages.blank(index, storages.used(index, rows), _place)
+        return storages.view_entries(index, found, rows)
+    batch = _batch(index, rows)
+    nbytes = batch.views["nbytes"].astype(np.int64)
+    batch.views["address"], batch.owner, batch.owners = _place(nbytes)
+    return batch
+
+
+def checkable(index: Index) -> bool:
+    """Whether the file has a checksum for any tensor."""
+    if index.storages is not None:
+        return bool((index.storages["flags"] & CHECKED).any())
+    return index.crcs is not None
+
+
+def stretches(index: Index, rows: np.ndarray) -> np.ndarray:
+    """Segments of the bytes of the file that these entries take, in no order, without memory."""
+    if index.storages is not None:
+        return storages.segments_of(index, storages.used(index, rows))
+    return segments_of(index, rows)
+
+
+def total(index: Index, rows: np.ndarray) -> int:
+    """Bytes of the file that reading these entries takes."""
+    return int(stretches(index, rows)["nbytes"].sum())
+
+
+def partial(index: Index, row: int) -> bool:
+    """Whether parts of an entry can be read by themselves: it stands densely, as it is."""
+    if index.storages is None or index.storage is None:
+        return True
+    own = index.storage[[row]]
+    flags = index.flags is not None and int(index.flags[row])
+    return (
+        bool(storages.plain(index, own)[0] and storages.dense(index, np.array([row]))[0])
+        and not flags
+    )
 
 
 def read_part(
@@ -191,6 +263,11 @@ def verify_rows(
     progress: Progress | None = None,
 ) -> None:
     """Read these entries for their checksums alone, and raise ChecksumError where one is wrong."""
+    if index.storages is not None:
+        which = storages.used(index, rows)
+        found = storages.checksums(source, index, which, move, threads=threads, progress=progress)
+        storages.damage(source.name, index, which, found)
+        return
     segments = segments_of(index, rows)
     move(source, segments, verify=True, threads=threads, progress=progress)
     check(source.name, index, rows, segments)
@@ -198,22 +275,31 @@ def verify_rows(
 
 def check(name: str, index: Index, rows: np.ndarray, segments: np.ndarray) -> None:
     """Raise ChecksumError for the first of `rows` whose bytes are not those that were written."""
-    if index.crcs is None:
-        return
-    bad = np.flatnonzero(segments["crc"] != index.crcs[rows])
+    has, expected = expected_crcs(index, rows)
+    bad = np.flatnonzero(has & (segments["crc"] != expected))
     if len(bad):
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         first = mismatch(name, index, int(rows[bad[0]]), int(segments["crc"][bad[0]]))
         raise ChecksumError(first + more)
 
 
+def expected_crcs(index: Index, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For which of these entries the file has a CRC-32 of just their bytes, and what it is."""
+    if index.storages is not None:
+        own = index.storages[index.storage[rows]]  # type: ignore[index]
+        return storages.alone(index, rows) & ((own["flags"] & CHECKED) != 0), own["crc"]
+    if index.crcs is None:
+        return np.zeros(len(rows), bool), np.zeros(len(rows), np.uint32)
+    return np.ones(len(rows), bool), index.crcs[rows]
+
+
 def mismatch(name: str, index: Index, row: int, found: int) -> str:
     """The message for one tensor whose checksum is wrong."""
-    assert index.crcs is not None
     entry = index.entries[row]
+    expected = int(expected_crcs(index, np.array([row]))[1][0])
     return (
         f"{name}: tensor {index.names.tolist()[row]!r}: the {int(entry['nbytes'])} bytes at offset "
-        f"{int(entry['offset'])} are damaged: expected CRC-32 {int(index.crcs[row]):08x}, "
+        f"{int(entry['offset'])} are damaged: expected CRC-32 {expected:08x}, "
         f"found {found:08x}"
     )
 
@@ -227,14 +313,26 @@ def _batch(index: Index, rows: np.ndarray) -> TensorBatch:
     return TensorBatch(views=views, dims=index.dims, owners=[])
 
 
-def _place(batch: TensorBatch) -> None:
-    """Give every row of `batch` memory: its own if it is large, else a place in an arena."""
-    nbytes = batch.views["nbytes"].astype(np.int64)
+def _place(nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Buffer]]:
+    """Memory for runs of so many bytes: of its own for a large one, else a place in an arena.
+
+    Returns
+    -------
+    address : ndarray of uint64
+    owner : ndarray of int64
+        Index in `owners` for each run.
+    owners : list of Buffer
+    """
+    address = np.zeros(len(nbytes), np.uint64)
     owner = np.zeros(len(nbytes), np.int64)
     owners: list[Buffer] = []
+    if len(nbytes) == 1:  # without the dozen array operations that many are worth
+        owners = [_engine.allocate(int(nbytes[0]))]
+        address[0] = owners[0].address
+        return address, owner, owners
     for row in np.flatnonzero(nbytes >= LARGE).tolist():
         buffer = _engine.allocate(int(nbytes[row]))
-        batch.views["address"][row] = buffer.address
+        address[row] = buffer.address
         owner[row] = len(owners)
         owners.append(buffer)
 
@@ -248,8 +346,7 @@ def _place(batch: TensorBatch) -> None:
         buffer = _engine.allocate(int(starts[stop - 1] + spans[stop - 1]) - first)
         rows = small[begin:stop]
         base = np.uint64(buffer.address)
-        batch.views["address"][rows] = (starts[begin:stop] - first).astype(np.uint64) + base
+        address[rows] = (starts[begin:stop] - first).astype(np.uint64) + base
         owner[rows] = len(owners)
         owners.append(buffer)
-    batch.owners = owners
-    batch.owner = owner
+    return address, owner, owners

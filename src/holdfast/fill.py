@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import io
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from .adapters import Adapter
 from .checkpoint import Reader
 from .collect import by_adapter, join_kind, opaque
 from .errors import ChecksumError
+from .layout import Index
 from .source import FileLike, open_source
 from .views import TensorBatch, TensorView
 
@@ -163,29 +164,72 @@ def _quoted(names: list[str]) -> str:
 def _fill(reader: Reader, matches: list[_Target], threads: int) -> None:
     """Read what needs no conversion straight into place, in one pass; convert the rest."""
     index, source = reader.index, reader.source
-    passes: list[list[_Target]] = [[]]
+    direct: list[_Target] = []
     rest: list[_Target] = []
-    times: Counter[int] = Counter()
+    apart: list[_Target] = []
     for match in matches:
-        if match.view.owner is not match.tensor or match.view.dtype is not index.dtype(match.row):
+        if not fetch.partial(index, match.row):
+            apart.append(match)
+        elif match.view.owner is match.tensor and match.view.dtype is index.dtype(match.row):
+            direct.append(match)
+        else:
             rest.append(match)
-            continue
-        # One entry may fill several tensors, but in one pass its bytes are read once.
-        if times[match.row] == len(passes):
-            passes.append([])
-        passes[times[match.row]].append(match)
-        times[match.row] += 1
-    if (rest or len(passes) > 1) and not source.repeatable:
-        name = (rest or passes[1])[0].name
+    passes = _passes(index, direct)
+    if (rest or apart or len(passes) > 1) and not source.repeatable:
+        name = (rest or apart or passes[1])[0].name
         raise io.UnsupportedOperation(
             f"{source.name}: cannot seek, which filling {name!r} needs: its dtype is not that in "
             "the file, or it is filled from the same bytes as another tensor"
         )
     _check_dtypes(reader, rest)
-    for direct in passes:
-        _read_into(reader, direct, threads)
+    # What is a view among others of checked bytes has no checksum of its own.
+    rows = np.array([match.row for match in (*direct, *rest)], np.int64)
+    shared = rows[~fetch.expected_crcs(index, rows)[0]]
+    if len(shared) and fetch.checkable(index):
+        fetch.verify_rows(source, index, shared, threads=threads)
+    for members in passes:
+        _read_into(reader, members, threads)
     for match in rest:
         _convert(reader, match)
+    for match in apart:
+        _copy(reader, match)
+
+
+def _passes(index: Index, matches: list[_Target]) -> list[list[_Target]]:
+    """Matches in as few groups as can be, in each of which no byte of the file is read twice.
+
+    One entry may fill several tensors, and entries may be views of the same bytes.
+    """
+    passes: list[list[_Target]] = [[]]
+    ends = [(0, 0)]  # where each pass ends in the file, and which it is: a heap
+    entries = index.entries[["offset", "nbytes"]][[match.row for match in matches]]
+    for i in np.argsort(entries["offset"], kind="stable").tolist():
+        offset, nbytes = entries[i].tolist()
+        end, which = ends[0]
+        if offset >= end:
+            heapq.heapreplace(ends, (offset + nbytes, which))
+        else:
+            which = len(passes)
+            passes.append([])
+            heapq.heappush(ends, (offset + nbytes, which))
+        passes[which].append(matches[i])
+    return passes
+
+
+def _copy(reader: Reader, match: _Target) -> None:
+    """Fill one tensor whose elements do not stand in the file one after the other."""
+    index, rows = reader.index, np.array([match.row], np.int64)
+    batch = fetch.read_tensors(reader.source, index, rows, verify=fetch.checkable(index))
+    made = objects.assembler(
+        index,
+        batch,
+        rows,
+        match.adapter,
+        name=reader.source.name,
+        forced=True,
+        kinds=reader.kinds,
+    )
+    match.adapter.fill(match.tensor, made.named({"": match.row})[""])
 
 
 def _check_dtypes(reader: Reader, matches: list[_Target]) -> None:
@@ -210,7 +254,7 @@ def _read_into(reader: Reader, matches: list[_Target], threads: int) -> None:
         layout = view.layout()
         if layout is not None:
             layouts.append((i, *layout))
-    verify = index.crcs is not None
+    verify = fetch.checkable(index)
     fetch.move(reader.source, segments, layouts=layouts, verify=verify, threads=threads)
     if verify:
         fetch.check(reader.source.name, index, rows, segments)
@@ -225,7 +269,8 @@ def _convert(reader: Reader, match: _Target) -> None:
         match.adapter.fill(match.tensor[where], match.adapter.wrap(batch, {})[0])
         data = batch.owners[0]
         crc = _engine.crc32(memoryview(data)[: int(batch.views["nbytes"][0])], crc)  # type: ignore[arg-type]
-    if index.crcs is not None and crc != int(index.crcs[match.row]):
+    has, expected = fetch.expected_crcs(index, np.array([match.row]))
+    if has[0] and crc != int(expected[0]):
         raise ChecksumError(fetch.mismatch(source.name, index, match.row, crc))
 
 

@@ -7,20 +7,33 @@ them. ``"numpy"`` is an array in a file of torch tensors, ``"torch:parameter"`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from . import adapters, tree
+from ._tree_json import short
 from .adapters import Adapter
 from .collect import Collection, opaque, split_kind
 from .errors import FormatError
 from .layout import Index
+from .pickled import PickleAssembler, Trust
 from .views import TensorBatch
 
-__all__ = ["BLOB", "Assembler", "flatten", "kinds_of", "rebuild", "tree_of"]
+__all__ = [
+    "BLOB",
+    "Assembler",
+    "Blob",
+    "Maker",
+    "arrays_of",
+    "assembler",
+    "flatten",
+    "kinds_of",
+    "rebuild",
+    "tree_of",
+]
 
 #: Kind of the content of a long ``bytes`` or ``str``, which is no tensor of the user's.
 BLOB = "blob"
@@ -36,7 +49,7 @@ class Blob:
     data: bytes
 
 
-def flatten(obj: Any) -> tuple[tree.Flat, set[int]]:
+def flatten(obj: Any, known: Sequence[Adapter] | None = None) -> tuple[tree.Flat, set[int]]:
     """Take `obj` apart, with the tensors and values of every framework in use.
 
     Returns
@@ -45,7 +58,7 @@ def flatten(obj: Any) -> tuple[tree.Flat, set[int]]:
     blobs : set of int
         The ids of those leaves that are no tensors of the user's.
     """
-    known = adapters.loaded()
+    known = adapters.loaded() if known is None else known
     blobs: set[int] = set()
 
     def blob(data: bytes) -> np.ndarray:
@@ -74,9 +87,55 @@ def tree_of(flat: tree.Flat, blobs: set[int], found: Collection) -> Any:
     return tree.encode_tree(flat, position=found.position, kinds=kinds)
 
 
+def arrays_of(
+    obj: Any, structure: str, known: Sequence[Adapter] | None = None
+) -> tuple[list[str], list[Any]]:
+    """Names and tensors of an object for a format that holds nothing but tensors.
+
+    Parameters
+    ----------
+    obj : object
+        A tensor, for the structure ``"array"``; a mapping of str to tensors, for ``"arrays"``.
+
+    Raises
+    ------
+    TypeError
+        It is anything else; the message has the path and says what can hold it.
+    """
+    known = adapters.loaded() if known is None else known
+
+    def is_tensor(value: object) -> bool:
+        kind = type(value)
+        return any(kind in adapter.plain_types or adapter.is_tensor(value) for adapter in known)
+
+    other = "a .safetensors or .pt file holds any nesting"
+    if structure == "array":
+        if is_tensor(obj):
+            return ["tensor"], [obj]
+        raise TypeError(
+            f"$: a {type(obj).__name__}; this format holds a single array: a .npz file holds a "
+            f"dict of them, {other}"
+        )
+    if not isinstance(obj, Mapping):
+        way = "save({'x': x})" if is_tensor(obj) else "a .npy file holds a single array"
+        raise TypeError(
+            f"$: a {type(obj).__name__}; this format holds a flat dict of arrays: {way}, {other}"
+        )
+    for key, value in obj.items():
+        path = f"$[{short(key)}]"
+        if not isinstance(key, str):
+            raise TypeError(f"{path}: a key of type {type(key).__name__}; this format has names")
+        if not is_tensor(value):
+            raise TypeError(
+                f"{path}: a {type(value).__name__}; this format holds a flat dict of arrays "
+                f"and nothing else: {other}"
+            )
+    return list(obj), list(obj.values())
+
+
 def kinds_of(index: Index) -> dict[int, str]:
     """For the entries whose tree gives them a kind, the first one."""
-    kinds: dict[int, str] = {}
+    kinds: dict[int, str] = dict(index.kinds)
     if index.tree is not None:
         for _, node in tree.walk(index.tree):
             if len(node) in (2, 4) and type(node[-1]) is str:
@@ -85,6 +144,38 @@ def kinds_of(index: Index) -> dict[int, str]:
                     for row in range(first, first + count):
                         kinds.setdefault(row, node[-1])
     return kinds
+
+
+class Maker(Protocol):
+    """What makes tensors of a batch, and the object that was saved."""
+
+    def named(self, names: dict[str, int]) -> dict[str, Any]:
+        """A flat dict of the tensors of these entries."""
+
+    def whole(self) -> Any:
+        """The object that was saved."""
+
+
+def assembler(
+    index: Index,
+    batch: TensorBatch,
+    rows: np.ndarray,
+    adapter: Adapter,
+    *,
+    name: str,
+    forced: bool,
+    kinds: dict[int, str],
+    location: Any = None,
+    trust: Trust | None = None,
+) -> Maker:
+    """The maker for an index: by storages and a pickle, or by a tree. See both for parameters."""
+    if index.storages is not None:
+        return PickleAssembler(
+            index, batch, rows, adapter, name=name, location=location, trust=trust
+        )
+    return Assembler(
+        index, batch, rows, adapter, name=name, forced=forced, kinds=kinds, location=location
+    )
 
 
 class Assembler:
@@ -241,6 +332,8 @@ def _unblob(tensor: Any) -> bytes:
 
 def rebuild(index: Index, leaf: Callable[[int, str | None], Any], name: str) -> Any:
     """The object that was saved, with what `leaf` returns in place of each tensor."""
+    if index.structure is not None:
+        return index.structure.outline(lambda row: leaf(row, None))
     return tree.decode_tree(
         index.tree,
         leaf,

@@ -7,28 +7,42 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 
 import numpy as np
 
 from . import _engine, _engine_py
-from .layout import SEGMENT, Plan
+from .layout import SEGMENT, Pieces, Plan
 from .progress import ProgressArgument, reporting
 from .source import FileLike, is_path, path_text
 from .views import DENSE, SWAPPED, TensorBatch
 
-__all__ = ["check_target", "write_out"]
+__all__ = ["check_target", "segments_of", "write_out"]
 
-#: From this size on a file is written past the page cache whether or not it has to be durable.
+#: From this size on a file that need not be durable is written past the page cache where that is
+#: faster, which changes from minute to minute (docs/decisions/0005).
 LARGE = 256 << 20
+PAGE = 4096
+#: ``file`` of a segment whose memory is that of a map to be let go of: ``HOLD_RELEASE``.
+RELEASE = 1
 
-Seal = Callable[[Plan, "np.ndarray | None"], bytes | bytearray]
+#: A segment as bytes, which NumPy moves all at once rather than field by field.
+_ROW = np.dtype((np.void, SEGMENT.itemsize))
+
 Report = Callable[[int], object] | None
+#: Given the checksums of all tensors, raises where they are not what they should be.
+Check = Callable[[np.ndarray], None] | None
+
+
+class Sealer(Protocol):
+    """What a format makes of a plan once checksums are known (``Format.seal``)."""
+
+    def __call__(self, plan: Plan, crcs: np.ndarray | None, early: bool = False) -> Pieces: ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What is to be written behind the head: segments in the order of the file."""
+    """The tensors to be written: segments in the order of the file."""
 
     rows: np.ndarray  # which tensor of the batch each segment is
     segments: np.ndarray
@@ -39,6 +53,53 @@ class _Work:
         crcs = np.zeros(len(plan.offsets), np.uint32)
         crcs[self.rows] = self.segments["crc"]
         return crcs
+
+    def summed(self, chosen: np.ndarray | None, threads: int, name: str) -> None:
+        """Compute the checksums of the tensors that `chosen` says, or of all."""
+        if chosen is None or chosen.all():
+            whole, layouts = self.segments, self.layouts
+            _engine.checksum(whole, layouts=layouts, threads=threads, filename=name)
+            return
+        picked = np.flatnonzero(chosen[self.rows])
+        part = self.segments[picked]
+        _engine.checksum(part, layouts=_moved(self.layouts, picked), threads=threads, filename=name)
+        self.segments["crc"][picked] = part["crc"]
+
+    def among(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray, list[_engine.Layout]]:
+        """The tensors and `pieces` in one row of segments, and which of those are the tensors."""
+        own = segments_of(pieces)
+        n = len(self.segments)
+        # Both are in the order of the file, so each goes where it is plus how many go before it.
+        place = np.arange(n) + np.searchsorted(own["offset"], self.segments["offset"])
+        is_tensor = np.zeros(n + len(own), np.bool_)
+        is_tensor[place] = True
+        both = np.empty(n + len(own), SEGMENT)
+        whole = both.view(_ROW)
+        whole[is_tensor], whole[~is_tensor] = self.segments.view(_ROW), own.view(_ROW)
+        return both, is_tensor, [(int(place[layout[0]]), *layout[1:]) for layout in self.layouts]
+
+
+def _moved(layouts: list[_engine.Layout], picked: np.ndarray) -> list[_engine.Layout]:
+    """`layouts`, of which the segments have been reordered."""
+    if not layouts:
+        return []
+    place = dict(zip(picked.tolist(), range(len(picked)), strict=True))
+    moved = [
+        (place[at], shape, strides, itemsize, swap)
+        for at, shape, strides, itemsize, swap in layouts
+        if at in place
+    ]
+    return sorted(moved)
+
+
+def segments_of(pieces: Pieces) -> np.ndarray:
+    """Segments of the pieces of a format. They are valid while the pieces live."""
+    segments = np.zeros(len(pieces.offset), SEGMENT)
+    base = np.frombuffer(pieces.data, np.uint8).ctypes.data if len(pieces.data) else 0
+    segments["offset"] = pieces.offset
+    segments["nbytes"] = pieces.nbytes
+    segments["address"] = pieces.start.astype(np.uint64) + np.uint64(base)
+    return segments
 
 
 def check_target(f: object) -> None:
@@ -57,20 +118,30 @@ def write_out(
     f: FileLike,
     plan: Plan,
     batch: TensorBatch,
-    seal: Seal,
+    seal: Sealer,
     *,
     durable: bool,
     checksum: bool,
     threads: int,
     progress: ProgressArgument,
+    release: np.ndarray | None = None,
+    check: Check = None,
+    blank: bool = False,
 ) -> None:
     """Write the tensors of `batch` where `plan` wants them, and before them what `seal` returns.
 
     To a path, the tensors are written first and the sealed bytes last, once the checksums are
     known; then the file gets its name. To a file object all is written in order, so the checksums
     are computed beforehand.
+
+    Rows of the batch that `release` says are memory of unchanged maps, of which what has been
+    written is let go, so that the memory taken does not grow with the file. `check` is given the
+    checksums of all rows before the file gets its name; to raise there is to leave all as it was.
+    With `blank` only the format's own bytes are written, with room for the tensors between them.
     """
     work = _segments(plan, batch)
+    if release is not None:
+        work.segments["file"] = np.where(release[work.rows], RELEASE, 0)
     with reporting(progress, plan.size) as report:
         if is_path(f):
             path = cast("str | bytes | os.PathLike[str]", f)
@@ -82,29 +153,36 @@ def write_out(
                     raise
             else:
                 with publication:
+                    if blank:
+                        _write_blank(publication, plan, seal)
+                        publication.commit(durable)
+                        return
                     _write_file(
                         publication,
                         path_text(f),
                         plan,
                         work,
                         seal,
-                        # Past the page cache where the data have to reach the device anyway, or
-                        # are so many that the cache only slows them.
-                        direct=durable or plan.size >= LARGE,
+                        # Past the page cache where the data have to reach the device anyway; so
+                        # many that the cache may only slow them, in whichever way is faster.
+                        direct=durable or (None if plan.size >= LARGE else False),
                         checksum=checksum,
                         threads=threads,
                         report=report,
+                        check=check,
                     )
                     publication.commit(durable)
                 return
             try:
                 with open(path, "wb") as pipe:
-                    _write_stream(pipe, plan, work, seal, checksum, report)
+                    _write_stream(pipe, plan, work, seal, checksum, report, check)
             except OSError as error:
                 error.filename = path_text(f)
                 raise
+        elif blank:
+            _write_blank(cast(BinaryIO, f), plan, seal)
         else:
-            _write_stream(cast(BinaryIO, f), plan, work, seal, checksum, report)
+            _write_stream(cast(BinaryIO, f), plan, work, seal, checksum, report, check)
 
 
 def _segments(plan: Plan, batch: TensorBatch) -> _Work:
@@ -130,50 +208,100 @@ def _write_file(
     name: str,
     plan: Plan,
     work: _Work,
-    seal: Seal,
+    seal: Sealer,
     *,
-    direct: bool,
+    direct: bool | None,
     checksum: bool,
     threads: int,
     report: Report,
+    check: Check,
 ) -> None:
-    """Write all of a publication's file."""
+    """Write all of a publication's file: the tensors, and what stands around them.
+
+    Bytes of the format's own that wait for the checksum of a tensor are written last.
+    """
+    segments, layouts, tensors = work.segments, work.layouts, None
+    first, summing = None, checksum
+    if plan.early is not None:
+        if checksum:
+            work.summed(plan.early, threads, name)
+            summing = not plan.early.all()
+        first = seal(plan, work.crcs(plan) if checksum else None, early=True)
+        segments, tensors, layouts = work.among(first)
     _engine.write(
         publication.fd,
-        work.segments,
-        layouts=work.layouts,
+        segments,
+        layouts=layouts,
         threads=threads,
-        checksum=checksum,
+        checksum=summing or check is not None,
         direct=direct,
         progress=report,
         filename=name,
     )
-    head = seal(plan, work.crcs(plan) if checksum else None)
-    _engine.write(publication.fd, _head_segment(head), checksum=False, direct=direct, filename=name)
+    del first  # its bytes had to live until here
+    if tensors is not None:
+        work.segments["crc"] = segments["crc"][tensors]
+    if check is not None:
+        check(work.crcs(plan))
+    last = seal(plan, work.crcs(plan) if checksum else None)
+    rest = segments_of(last)
+    for i in range(len(rest)):
+        _engine.write(
+            publication.fd,
+            rest[i : i + 1],
+            checksum=False,
+            # A few bytes between others are cheapest patched in the page cache.
+            direct=bool(direct) and int(rest["offset"][i]) % PAGE == 0,
+            filename=name,
+        )
 
 
-def _head_segment(head: bytes | bytearray) -> np.ndarray:
-    segment = np.zeros(1, SEGMENT)
-    segment["nbytes"] = len(head)
-    segment["address"] = np.frombuffer(head, np.uint8).ctypes.data
-    return segment
+def _write_blank(target: _engine.Publication | BinaryIO, plan: Plan, seal: Sealer) -> None:
+    """Write what stands around the tensors, and nothing of them: holes, or zeros to a stream."""
+    pieces = seal(plan, None, early=plan.early is not None)
+    segments = segments_of(pieces)
+    done = 0
+    for i in range(len(segments)):
+        part = segments[i : i + 1]
+        if isinstance(target, _engine.Publication):
+            name = os.fsdecode(target.path)
+            _engine.write(target.fd, part, checksum=False, filename=name)
+            continue
+        offset, nbytes = int(part["offset"][0]), int(part["nbytes"][0])
+        while done < offset:
+            zeros = bytes(min(offset - done, 1 << 20))
+            target.write(zeros)
+            done += len(zeros)
+        _engine_py.write_stream(target, part, checksum=False)
+        done = offset + nbytes
 
 
 def _write_stream(
     stream: BinaryIO,
     plan: Plan,
     work: _Work,
-    seal: Seal,
+    seal: Sealer,
     checksum: bool,
     report: Report,
+    check: Check,
 ) -> None:
     """Write everything in order to a file object that may not seek."""
-    crcs = None
-    if checksum:
-        _engine_py.checksum(work.segments, layouts=work.layouts)
-        crcs = work.crcs(plan)
-    head = seal(plan, crcs)
-    _engine_py.write_stream(stream, _head_segment(head), checksum=False)
+    if checksum or check is not None:
+        work.summed(None, 0, path_text(stream))
+    if check is not None:
+        check(work.crcs(plan))
+    crcs = work.crcs(plan) if checksum else None
+    parts = [seal(plan, crcs, early=True)] if plan.early is not None else []
+    parts.append(seal(plan, crcs))
+    # Of pieces that were handed out twice, the later one is complete.
+    found = {int(s["offset"]): s for pieces in parts for s in segments_of(pieces)}
+    own = np.array(list(found.values()), SEGMENT)
+    both = np.concatenate([work.segments, own])
+    order = np.argsort(both["offset"], kind="stable")
     _engine_py.write_stream(
-        stream, work.segments, layouts=work.layouts, checksum=False, progress=report
+        stream,
+        both[order],
+        layouts=_moved(work.layouts, order),
+        checksum=False,
+        progress=report,
     )

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from . import _engine
+from ._buffer import Buffer
 from .errors import FormatError
 from .layout import SEGMENT
 
@@ -79,7 +80,19 @@ class Source:
         The file object, where `fd` is -1. It stands behind the bytes of `head`.
     """
 
-    __slots__ = ("_head", "_lock", "_origin", "_owned", "_spent", "fd", "name", "size", "stream")
+    __slots__ = (
+        "_given",
+        "_head",
+        "_lock",
+        "_origin",
+        "_owned",
+        "_spent",
+        "_start",
+        "fd",
+        "name",
+        "size",
+        "stream",
+    )
 
     def __init__(
         self,
@@ -99,6 +112,8 @@ class Source:
         self._spent = False
         self._lock = threading.Lock()
         self._origin = stream.tell() if stream is not None and size >= 0 else -1
+        self._given: BinaryIO | None = None if owned else stream
+        self._start = self._origin
 
     @property
     def mappable(self) -> bool:
@@ -141,10 +156,27 @@ class Source:
             head, self._head = self._head, b""
             yield cast(BinaryIO, _Replay(head, self.stream))
 
+    def map(self, end: int) -> Buffer:
+        """The first `end` bytes of a regular file, mapped: private and writable.
+
+        Raises
+        ------
+        FormatError
+            The file has become shorter than that. To touch a map beyond it would be a SIGBUS.
+        """
+        size = os.fstat(self.fd).st_size
+        if size < end:
+            raise FormatError(
+                f"{self.name}: needs {end} bytes, found {size}: the file was cut meanwhile"
+            )
+        return _engine.map_file(self.fd, 0, end, self.name)
+
     def peek(self, nbytes: int) -> bytes:
         """At most the first `nbytes` bytes; fewer only where the file ends before."""
         if self.fd >= 0:
             return _read_exactly(self.fd, 0, nbytes, self.name)
+        if self._origin >= 0:
+            return self._seek_read(0, nbytes)
         self._fill(nbytes)
         return self._head[:nbytes]
 
@@ -161,6 +193,8 @@ class Source:
             data = self._read_huge(offset, nbytes)
         elif self.fd >= 0:
             data = _read_exactly(self.fd, offset, nbytes, self.name)
+        elif self._origin >= 0:
+            data = self._seek_read(offset, nbytes)
         else:
             self._fill(offset + nbytes)
             data = self._head[offset : offset + nbytes]
@@ -170,6 +204,56 @@ class Source:
                 f"file ends at {offset + len(data)}"
             )
         return data
+
+    def settle(self) -> None:
+        """Learn the size of a stream that cannot tell it, by taking all of it into memory."""
+        if self.size >= 0:
+            return
+        assert self.stream is not None
+        taken = io.BytesIO()
+        taken.write(self._head)
+        while part := _checked(self.stream.read(1 << 20), self.name):
+            taken.write(part)
+        if self._owned:
+            self.stream.close()
+        self.size = taken.tell()
+        self.stream, self._origin, self._head, self._owned = taken, 0, b"", False
+
+    def map_shared(self, nbytes: int) -> Buffer:
+        """The first bytes of the file, mapped so that what is written to them is in the file.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written to.
+        """
+        try:
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from None
+        try:
+            return _engine.map_file(fd, 0, nbytes, self.name, shared=True)
+        finally:
+            os.close(fd)
+
+    def leave(self, end: int) -> None:
+        """Put a caller's file object behind the checkpoint, which ends at `end`, if it can seek."""
+        if self._given is not None and self._start >= 0:
+            self._given.seek(self._start + end)
+
+    def _seek_read(self, offset: int, nbytes: int) -> bytes:
+        """Bytes of a stream that can seek; fewer only where it ends before."""
+        assert self.stream is not None
+        parts = []
+        with self._lock:
+            self.stream.seek(self._origin + offset)
+            while nbytes > 0:
+                part = _checked(self.stream.read(min(nbytes, 1 << 24)), self.name)
+                if not part:
+                    break
+                parts.append(part)
+                nbytes -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _read_huge(self, offset: int, nbytes: int) -> memoryview:
         """Bytes of a header so large that faulting in small pages for it would take longest."""
@@ -186,15 +270,10 @@ class Source:
         missing = nbytes - len(self._head)
         while missing > 0:
             # Bounded requests: a hostile length must not make a file object allocate it at once.
-            part = self.stream.read(min(missing, 1 << 20))
-            if not isinstance(part, bytes | bytearray | memoryview):
-                raise TypeError(
-                    f"{self.name}: read() returned {type(part).__name__}; "
-                    "the file object must be opened in binary mode"
-                )
+            part = _checked(self.stream.read(min(missing, 1 << 20)), self.name)
             if not part:
                 break
-            parts.append(bytes(part))
+            parts.append(part)
             missing -= len(part)
         self._head = b"".join(parts)
 
@@ -205,6 +284,16 @@ class Source:
             self.fd = -1
         elif self._owned and self.stream is not None:
             self.stream.close()
+
+
+def _checked(part: Any, name: str) -> bytes:
+    """What ``read`` of a file object returned, if it is bytes."""
+    if not isinstance(part, bytes | bytearray | memoryview):
+        raise TypeError(
+            f"{name}: read() returned {type(part).__name__}; "
+            "the file object must be opened in binary mode"
+        )
+    return bytes(part)
 
 
 class _Replay:
@@ -261,7 +350,35 @@ def open_source(f: FileLike) -> Source:
     if isinstance(f, io.TextIOBase):
         raise TypeError(f"{path_text(f)}: a text file object; open it with mode 'rb'")
     stream = cast(BinaryIO, f)
-    return Source(path_text(f), _remaining(stream), stream=stream)
+    fd = _descriptor(stream)
+    if fd < 0:
+        return Source(path_text(f), _remaining(stream), stream=stream)
+    source = Source(path_text(f), os.fstat(fd).st_size, fd)
+    source._given, source._start = stream, 0
+    return source
+
+
+def _descriptor(stream: BinaryIO) -> int:
+    """A descriptor of our own for a file object that is a regular file at its start, or -1.
+
+    Only for classes whose ``fileno`` is known to be what they read: that of a GzipFile is not.
+    """
+    plain = getattr(stream, "file", stream)  # what tempfile.NamedTemporaryFile wraps
+    if type(plain) not in (io.BufferedReader, io.BufferedRandom, io.FileIO):
+        return -1
+    try:
+        if stream.tell() != 0 or not plain.readable():
+            return -1
+        if isinstance(plain, io.BufferedRandom):
+            plain.flush()
+        fd = plain.fileno()
+        if isinstance(getattr(plain, "raw", plain), io.FileIO) and stat.S_ISREG(
+            os.fstat(fd).st_mode
+        ):
+            return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        pass
+    return -1
 
 
 def _open_path(path: str | bytes | os.PathLike[str]) -> Source:

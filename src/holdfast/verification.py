@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from . import fetch
+from . import fetch, storages
 from .checkpoint import Reader
 from .errors import FormatError
-from .source import FileLike, open_source
+from .layout import CHECKED, Index
+from .source import FileLike, Source, open_source
 
 __all__ = ["Report", "verify_file"]
 
@@ -51,6 +52,8 @@ def verify_file(f: FileLike, *, threads: int) -> Report:
     with reader:
         index = reader.index
         rows = np.arange(len(index), dtype=np.int64)
+        if index.storages is not None:
+            return _verify_storages(source, index, threads)
         if index.crcs is None:
             return Report([], 0, len(index))
         segments = fetch.segments_of(index, rows)
@@ -63,3 +66,35 @@ def verify_file(f: FileLike, *, threads: int) -> Report:
             fetch.mismatch(source.name, index, row, int(segments["crc"][row])) for row in bad
         ]
         return Report(problems, len(index), 0)
+
+
+def _verify_storages(source: Source, index: Index, threads: int) -> Report:
+    """The same for a file whose checksums are those of storages."""
+    assert index.storages is not None
+    assert index.storage is not None
+    which = np.arange(len(index.storages), dtype=np.int64)
+    has = (index.storages["flags"] & CHECKED) != 0
+    checked = int(has[index.storage].sum())
+    try:
+        found = storages.checksums(source, index, which[has], fetch.move, threads=threads)
+        problems = storages.differing(source.name, index, which[has], found)
+        problems += _verify_others(source, index, threads)
+    except FormatError as error:
+        return Report([str(error)], 0, len(index))
+    return Report(problems, checked, len(index) - checked)
+
+
+def _verify_others(source: Source, index: Index, threads: int) -> list[str]:
+    """What is wrong with the parts of a file that no tensor is made of."""
+    if index.others is None:
+        return []
+    rows, names = index.others()
+    parts = replace(index, storages=rows)
+    which = np.arange(len(rows), dtype=np.int64)
+    found = storages.checksums(source, parts, which, fetch.move, threads=threads)
+    return [
+        f"{source.name}: record {names[i]!r}: the {int(rows['nbytes'][i])} bytes at offset "
+        f"{int(rows['offset'][i])} are damaged: expected CRC-32 {int(rows['crc'][i]):08x}, "
+        f"found {int(found[i]):08x}"
+        for i in np.flatnonzero(rows["crc"] != found).tolist()
+    ]

@@ -24,8 +24,14 @@ def new() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda code: errno.errorcode.get(code, "short"))
 @pytest.mark.parametrize("durable", [True, False])
 @pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize("format", ["safetensors", "torch", "torch_legacy"])
 def test_every_call(
-    tmp_path: Path, new: dict[str, np.ndarray], fault: int, durable: bool, existing: bool
+    tmp_path: Path,
+    new: dict[str, np.ndarray],
+    fault: int,
+    durable: bool,
+    existing: bool,
+    format: str,
 ) -> None:
     path = tmp_path / "ckpt"
     if existing:
@@ -38,7 +44,7 @@ def test_every_call(
         n += 1
         _engine.fault_arm(n, fault)
         try:
-            holdfast.save(new, path, durable=durable, threads=2)
+            holdfast.save(new, path, format=format, durable=durable, threads=2)
             error = None
         except OSError as caught:
             error = caught
@@ -53,7 +59,7 @@ def test_every_call(
             assert [p.name for p in tmp_path.iterdir()] == (["ckpt"] if existing else [])
         else:
             assert [p.name for p in tmp_path.iterdir()] == ["ckpt"], (n, hit)
-            got = holdfast.load(path, mmap=False)
+            got = holdfast.load(path, mmap=False, framework="numpy")
             assert all(np.array_equal(got[name], new[name]) for name in new)
             if existing:
                 assert path.stat().st_mode & 0o777 == 0o640
@@ -68,18 +74,19 @@ def test_every_call(
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda code: errno.errorcode.get(code, "short"))
 @pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("format", ["safetensors", "torch", "torch_legacy"])
 def test_every_call_of_a_load(
-    tmp_path: Path, new: dict[str, np.ndarray], fault: int, mmap: bool
+    tmp_path: Path, new: dict[str, np.ndarray], fault: int, mmap: bool, format: str
 ) -> None:
     path = tmp_path / "ckpt"
-    holdfast.save(new, path)
+    holdfast.save(new, path, format=format)
     n = 0
     while True:
         n += 1
         _engine.fault_arm(n, fault)
         error: Exception | None = None
         try:
-            got = holdfast.load(path, mmap=mmap)
+            got = holdfast.load(path, mmap=mmap, framework="numpy")
         except (OSError, MemoryError) as caught:
             error = caught
         else:

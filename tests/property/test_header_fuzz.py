@@ -274,10 +274,11 @@ def written() -> bytes:
         TensorBatch.of(views),
         framework="torch",
         metadata={"a": "b", "é": "\\"},
-        tree={"x": [1, None]},
+        structure={"x": [1, None]},
         checksum=True,
     )
-    return form.seal(plan, np.arange(len(rows), dtype=np.uint32)).ljust(plan.size, b"\0")
+    head = form.seal(plan, np.arange(len(rows), dtype=np.uint32)).data
+    return head.ljust(plan.size, b"\0")
 
 
 @common

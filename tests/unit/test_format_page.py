@@ -51,12 +51,12 @@ def holdfast_bytes(
         batch,
         framework=frameworks[format],
         metadata=metadata,
-        tree=tree,
+        structure=tree,
         checksum=checksum,
     )
     crcs = np.array([zlib.crc32(data) for _, _, data in tensors.values()], np.uint32)
     out = bytearray(plan.size)
-    head = safetensors.seal(plan, crcs if checksum else None)
+    head = safetensors.seal(plan, crcs if checksum else None).data
     out[: len(head)] = head
     for (_, _, data), offset in zip(tensors.values(), plan.offsets.tolist(), strict=True):
         out[offset : offset + len(data)] = data

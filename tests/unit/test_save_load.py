@@ -265,8 +265,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
         holdfast.load(io.StringIO("x"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="format"):
         holdfast.save({}, path, format="zip")
-    with pytest.raises(ValueError, match=r"\.pt"):
-        holdfast.save({}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"\.gguf"):
+        holdfast.save({}, tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="exported programs"):
+        holdfast.save({}, tmp_path / "model.pt2")
     with pytest.raises(ValueError, match="framework"):
         holdfast.load(io.BytesIO(b""), framework="caffe")
     assert not list(tmp_path.iterdir())

@@ -14,9 +14,9 @@ from functools import cache
 from typing import Any, cast
 
 from ..tree import Codec
-from .base import Adapter
+from .base import Adapter, Storages
 
-__all__ = ["Adapter", "available", "by_name", "choose", "codecs", "loaded"]
+__all__ = ["Adapter", "Storages", "available", "by_name", "choose", "codecs", "loaded"]
 
 #: Name of the adapter -> the package that has to be imported, and what to type to get it.
 #: In the order in which they are tried where nothing else decides.

@@ -11,7 +11,66 @@ from ..dtypes import DTYPES, DType
 from ..tree import Codec
 from ..views import TensorBatch
 
-__all__ = ["Adapter", "Codec", "dtypes_of", "refusal"]
+__all__ = [
+    "PARAMETER",
+    "REQUIRES_GRAD",
+    "Adapter",
+    "Codec",
+    "Placed",
+    "Storages",
+    "dtypes_of",
+    "refusal",
+]
+
+#: Flag of :data:`Placed`: gradients of the tensor are recorded.
+REQUIRES_GRAD = 1
+#: Flag of :data:`Placed`: it is a parameter.
+PARAMETER = 2
+
+#: A tensor as a view of a storage: key of the storage, code of the dtype, bytes of the whole
+#: storage, offset in elements, shape, strides in elements, flags.
+Placed = tuple[str, int, int, int, tuple[int, ...], tuple[int, ...], int]
+
+
+class Storages(Protocol):
+    """The storages of an object's tensors, gathered while it is being pickled around them.
+
+    An attribute ``placer``, where there is one, does in C what :meth:`add` does: see
+    ``holdfast/_placed.pxd``.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the adapter."""
+        ...
+
+    @property
+    def keys(self) -> list[str]:
+        """Their keys, in the order in which they were first seen."""
+        ...
+
+    def add(self, tensor: Any) -> Placed | None:
+        """Where a tensor of one of the adapter's plain types lies.
+
+        None where that does not say all of it, so that it has to be pickled in its own way.
+
+        Raises
+        ------
+        RuntimeError
+            Its storage holds elements of another type already.
+        """
+        ...
+
+    def persistent(self, obj: Any) -> tuple[Any, ...] | None:
+        """What stands in a pickle for `obj`, which is kept outside of it; None for all others.
+
+        It begins with ``"storage"`` where that is what `obj` is.
+        """
+        ...
+
+    def batch(self) -> TensorBatch:
+        """The storages in host memory, in the order of `keys`; dtypes are those first seen."""
+        ...
 
 
 class Adapter(Protocol):
@@ -66,6 +125,16 @@ class Adapter(Protocol):
         """
         ...
 
+    def storages(self, *, legacy: bool = False) -> Storages:
+        """A new, empty collection of storages.
+
+        Parameters
+        ----------
+        legacy : bool
+            Whether persistent ids are those of the stream that torch wrote up to 1.5.
+        """
+        ...
+
     def wrap(self, batch: TensorBatch, kinds: Mapping[int, str]) -> list[Any]:
         """Tensors over the memory of a batch; nothing is copied.
 
@@ -90,8 +159,88 @@ class Adapter(Protocol):
         """
         ...
 
+    def relocates(self, locations: Sequence[str], location: Any) -> bool:
+        """Whether storages saved at `locations` have to be moved for ``map_location``."""
+        ...
+
+    def dataless(self, location: Any) -> bool:
+        """Whether ``map_location`` wants tensors that have no elements, so that none are read."""
+        ...
+
+    def wrap_storages(
+        self,
+        batch: TensorBatch,
+        locations: Sequence[str],
+        offsets: Sequence[int],
+        location: Any,
+    ) -> list[Any]:
+        """Handles of the rows of `batch`, runs of bytes, for :meth:`view` and :meth:`storage`.
+
+        Parameters
+        ----------
+        batch : TensorBatch
+            Of dense rows of uint8, owned by :class:`holdfast._buffer.Buffer` objects.
+        locations : sequence of str
+            For each row, the device that it was saved from.
+        offsets : sequence of int
+            Where in the file each begins.
+        location : object
+            ``map_location``.
+        """
+        ...
+
+    def handle_of(self, tensor: Any) -> Any:
+        """The handle of the storage of a tensor that :meth:`wrap` made."""
+        ...
+
+    def view(
+        self,
+        handle: Any,
+        dtype: DType,
+        offset: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...] | None,
+        flags: int,
+        kind: str,
+    ) -> Any:
+        """A tensor over a part of a storage; nothing is copied but what `flags` asks for.
+
+        Parameters
+        ----------
+        handle : object
+            One that :meth:`wrap_storages` made.
+        offset : int
+            Of the first element, in bytes.
+        strides : tuple of int or None
+            In bytes; None for C order.
+        flags : int
+            ``CONJUGATE`` and ``NEGATIVE`` of :mod:`holdfast.views`.
+        kind : str
+            As :meth:`describe` has it; empty for a plain tensor.
+        """
+        ...
+
+    def storage(self, handle: Any, code: int, part: tuple[int, int] | None = None) -> Any:
+        """What a bare storage comes back as.
+
+        Parameters
+        ----------
+        handle : object
+            One that :meth:`wrap_storages` made.
+        code : int
+            Of the dtype that it was saved as; -1: of none; below that: ``-2 - code`` is a
+            position in :data:`holdfast.layout.QUANTIZED`.
+        part : tuple of int, optional
+            Offset and size, in elements, of the part that it is.
+        """
+        ...
+
     def place(self, tensor: Any, location: Any) -> Any:
         """`tensor` where ``map_location`` wants it; the same object where it is there already."""
+        ...
+
+    def program(self, obj: object) -> str | None:
+        """``"torchscript"`` or ``"pt2"`` where `obj` is a program of the framework, else None."""
         ...
 
     def named_tensors(self, obj: object) -> dict[str, Any] | None:

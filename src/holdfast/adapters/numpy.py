@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import BY_NUMPY, DTYPES
+from ..dtypes import BY_NUMPY, DTYPES, DType
 from ..tree import Codec
-from ..views import TensorBatch
+from ..views import CONJUGATE, NEGATIVE, TensorBatch
 from . import _numpy
+from ._numpy_storages import NumpyStorages
 from .base import dtypes_of, refusal
 
 __all__ = ["ADAPTER", "NumpyAdapter", "decode_dtype", "encode_dtype"]
@@ -229,19 +230,83 @@ class NumpyAdapter:
         views, dims, strides, kinds = _numpy.describe(tensors, self._user, vet, name_kind)
         return TensorBatch(views, dims, tensors, strides), kinds
 
+    def storages(self, *, legacy: bool = False) -> NumpyStorages:  # noqa: ARG002
+        """A new collection of arrays, each a storage. See :meth:`Adapter.storages`."""
+        return NumpyStorages(self)
+
     def wrap(self, batch: TensorBatch, kinds: Mapping[int, str]) -> list[Any]:
         """Arrays over the memory of a batch. See :meth:`Adapter.wrap`."""
         descrs: list[Any] = [None] * len(DTYPES)
         for row in dtypes_of(batch):
-            if row.numpy is None:
-                raise TypeError(f"{row.name}: NumPy has no such type")
-            descrs[row.code] = _ml_dtype(row.numpy) if row.ml_dtypes else np.dtype(row.name)
+            descrs[row.code] = self._descr(row)
         arrays = _numpy.wrap(batch.views, batch.dims, list(batch.owners), batch.owner, descrs)
         for i, kind in kinds.items():
-            what, _, text = kind.partition(":")
-            if what == "dtype":
+            text = _dtype_text(kind)
+            if text is not None:
                 arrays[i] = _cast(arrays[i], text)
         return arrays
+
+    def relocates(self, locations: Sequence[str], location: Any) -> bool:  # noqa: ARG002
+        """False: arrays are in host memory, whatever device their bytes came from."""
+        self.place(None, location)
+        return False
+
+    def dataless(self, location: Any) -> bool:  # noqa: ARG002
+        """False: arrays have elements."""
+        return False
+
+    def wrap_storages(
+        self,
+        batch: TensorBatch,
+        locations: Sequence[str],  # noqa: ARG002
+        offsets: Sequence[int],  # noqa: ARG002
+        location: Any,
+    ) -> list[Any]:
+        """Arrays of bytes. See :meth:`Adapter.wrap_storages`."""
+        self.place(None, location)
+        return self.wrap(batch, {})
+
+    def handle_of(self, tensor: Any) -> Any:
+        """The bytes of an array in C order."""
+        return tensor.reshape(-1).view(np.uint8)
+
+    def view(
+        self,
+        handle: Any,
+        dtype: DType,
+        offset: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...] | None,
+        flags: int,
+        kind: str,
+    ) -> Any:
+        """An array over a part of the bytes. See :meth:`Adapter.view`.
+
+        One whose elements share memory among themselves (expanded) is read-only.
+        """
+        descr = self._descr(dtype)
+        text = _dtype_text(kind)
+        if 0 in shape:
+            empty = np.empty(shape, descr)
+            return empty if text is None else _cast(empty, text)
+        array: Any = np.ndarray(shape, descr, handle.data, offset, strides)
+        if flags:
+            array = _resolved(array, flags)
+        spread = zip(strides or (), shape, strict=False)
+        if any(s == 0 and n > 1 for s, n in spread):
+            array.flags.writeable = False
+        return array if text is None else _cast(array, text)
+
+    def storage(self, handle: Any, code: int, part: tuple[int, int] | None = None) -> Any:
+        """A flat array; of quantized elements, their bytes. See :meth:`Adapter.storage`."""
+        found = handle if code < 0 else handle.view(self._descr(DTYPES[code]))
+        return found if part is None else found[part[0] : part[0] + part[1]]
+
+    def _descr(self, row: DType) -> np.dtype[Any]:
+        """The dtype of a row of the table."""
+        if row.numpy is None:
+            raise TypeError(f"{row.name}: NumPy has no such type")
+        return _ml_dtype(row.numpy) if row.ml_dtypes else np.dtype(row.name)
 
     def place(self, tensor: Any, location: Any) -> Any:
         """`tensor` itself: arrays are in host memory."""
@@ -251,6 +316,10 @@ class NumpyAdapter:
             f"map_location={location!r}: NumPy arrays are in host memory; framework='torch' loads "
             "tensors that can be elsewhere"
         )
+
+    def program(self, obj: object) -> str | None:  # noqa: ARG002
+        """None: NumPy has no programs."""
+        return None
 
     def named_tensors(self, obj: object) -> dict[str, Any] | None:  # noqa: ARG002
         """None: NumPy has no modules."""
@@ -311,6 +380,12 @@ def _kind(array: Any, name: str) -> str:
     return f"dtype:{text}"
 
 
+def _dtype_text(kind: str) -> str | None:
+    """What a kind says after ``dtype:``, behind the framework's name or not."""
+    what, _, text = kind.removeprefix("numpy:").partition(":")
+    return text if what == "dtype" else None
+
+
 def _cast(array: Any, text: str) -> Any:
     """An array of bytes as what the kind ``dtype:text`` says it is."""
     try:
@@ -325,8 +400,28 @@ def _cast(array: Any, text: str) -> Any:
         raise ValueError("an array of sub-arrays is no array of its own")
     shape = array.shape[:-1]
     if array.size == 0:
-        return np.empty(shape, dtype)
+        return np.zeros(shape, dtype)  # elements of no bytes can become those of one
     return array.view(dtype).reshape(shape)
 
 
 ADAPTER = NumpyAdapter()
+
+
+def _resolved(array: Any, flags: int) -> Any:
+    """A copy whose elements are conjugated or negated, as the flags say.
+
+    Where a shape shows one place many times, so does that of the copy: a few bytes of a file may
+    say of one element that there are 2**40.
+    """
+    steps = zip(array.shape, array.strides, strict=True)
+    reach = sum((n - 1) * step for n, step in steps) // array.itemsize + 1
+    own = array
+    if reach < array.size:
+        own = np.lib.stride_tricks.as_strided(array, (reach,), (array.itemsize,))
+    if flags & CONJUGATE:
+        own = np.conj(own)
+    if flags & NEGATIVE:
+        own = np.negative(own)
+    if reach < array.size:
+        return np.lib.stride_tricks.as_strided(own, array.shape, array.strides)
+    return np.asarray(own)

@@ -7,6 +7,7 @@ PyTorch 2.10 and newer describe and make tensors through the DLPack C exchange A
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from ..dtypes import BY_TORCH, DTYPES, DType
 from ..tree import Codec
 from ..views import DENSE, VIEW, TensorBatch
+from . import _torch_load
 from ._dlpack import Exchange
+from ._torch_storages import AskedStorages, TorchStorages
 from .base import dtypes_of, refusal
 
 __all__ = ["ADAPTER", "TorchAdapter"]
@@ -71,6 +74,11 @@ class TorchAdapter:
         )
         return TensorBatch(views, dims, owners, strides), kinds
 
+    def storages(self, *, legacy: bool = False) -> TorchStorages:
+        """A new collection of storages. See :meth:`Adapter.storages`."""
+        kind = TorchStorages if _torch_load.plain_cpu() else AskedStorages
+        return kind(self._exchange, legacy=legacy)
+
     def wrap(self, batch: TensorBatch, kinds: Mapping[int, str]) -> list[Any]:
         """Tensors over the memory of a batch. See :meth:`Adapter.wrap`."""
         for row in dtypes_of(batch):
@@ -83,6 +91,57 @@ class TorchAdapter:
         for i, kind in kinds.items():
             tensors[i] = _with_kind(tensors[i], kind)
         return tensors
+
+    def relocates(self, locations: Sequence[str], location: Any) -> bool:
+        """Whether storages have to be moved. See :meth:`Adapter.relocates`."""
+        return _torch_load.relocates(locations, location)
+
+    def dataless(self, location: Any) -> bool:
+        """Whether tensors go to the device ``"meta"``, or a mode is on that makes all fakes."""
+        return _torch_load.dataless(location)
+
+    def wrap_storages(
+        self,
+        batch: TensorBatch,
+        locations: Sequence[str],
+        offsets: Sequence[int],
+        location: Any,
+    ) -> list[Any]:
+        """Untyped storages, where `location` wants them. See :meth:`Adapter.wrap_storages`."""
+        if _torch_load.dataless(location):
+            sizes = batch.views["nbytes"].tolist()
+            return [_torch_load.bare(*row) for row in zip(sizes, locations, offsets, strict=True)]
+        storages = [tensor.untyped_storage() for tensor in self.wrap(batch, {})]
+        if not _torch_load.relocates(locations, location):
+            return storages
+        return [
+            _torch_load.restore(storage, tag, location)
+            for storage, tag in zip(storages, locations, strict=True)
+        ]
+
+    def handle_of(self, tensor: Any) -> Any:
+        """The untyped storage of a tensor."""
+        return tensor.untyped_storage()
+
+    def view(
+        self,
+        handle: Any,
+        dtype: DType,
+        offset: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...] | None,
+        flags: int,
+        kind: str,
+    ) -> torch.Tensor:
+        """A tensor that shares a storage. See :meth:`Adapter.view`."""
+        if dtype.code not in _DTYPES:
+            raise TypeError(f"{dtype.name}: PyTorch {torch.__version__} has no such type")
+        made = _torch_load.view(handle, _DTYPES[dtype.code], dtype, offset, shape, strides, flags)
+        return _with_kind(made, kind)
+
+    def storage(self, handle: Any, code: int, part: tuple[int, int] | None = None) -> Any:
+        """A typed storage. See :meth:`Adapter.storage`."""
+        return _torch_load.typed(handle, _DTYPES.get(code), code, part)
 
     def place(self, tensor: Any, location: Any) -> Any:
         """`tensor` where ``map_location`` of ``torch.load`` would have it.
@@ -108,6 +167,15 @@ class TorchAdapter:
         if isinstance(tensor, torch.nn.Parameter):
             return torch.nn.Parameter(moved, requires_grad=tensor.requires_grad)
         return moved.requires_grad_(tensor.requires_grad)
+
+    def program(self, obj: object) -> str | None:
+        """What kind of program `obj` is, if any; ``torch.export`` is not imported for it."""
+        if isinstance(obj, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+            return "torchscript"
+        exported = sys.modules.get("torch.export.exported_program")
+        if exported is not None and isinstance(obj, exported.ExportedProgram):
+            return "pt2"
+        return None
 
     def named_tensors(self, obj: object) -> dict[str, Any] | None:
         """The parameters and persistent buffers of a module, under the names of its state_dict."""

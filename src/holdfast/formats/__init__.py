@@ -1,37 +1,66 @@
 """Formats: where every byte of a file stands.
 
-Adding one is a module with the functions of :class:`Format`, and a row in the tables here.
+Adding one is a module with the functions of :class:`Reading` or :class:`Writing`, and a row in
+the tables here.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Protocol, cast
+from functools import cache
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from ..errors import FormatError
-from ..layout import Index, Plan
+from ..layout import Index, Pieces, Plan
 from ..views import TensorBatch
 
 #: ``read(offset, nbytes)``: exactly those bytes of the file, or FormatError.
 Read = Callable[[int, int], bytes | memoryview]
 
-__all__ = ["PREFIX", "Format", "for_saving", "recognise"]
+__all__ = ["PREFIX", "Reading", "Writing", "checksummed", "for_saving", "recognise"]
 
 #: How many bytes of a file :func:`recognise` wants to see.
 PREFIX = 512
 
 
-class Format(Protocol):
-    """What a format's module offers. None of it does I/O: bytes come in and go out as arguments."""
+class Reading(Protocol):
+    """What the module of a format offers to a load.
+
+    None of it does I/O: bytes come in as arguments.
+
+    Attributes
+    ----------
+    NEEDS_SIZE : bool
+        Whether :meth:`index` has to know where the file ends.
+    """
+
+    NEEDS_SIZE: bool
 
     def sniff(self, prefix: bytes, size: int) -> bool:
         """Whether a file that begins with `prefix` is of this format; `size` is -1 if unknown."""
 
     def index(self, read: Read, size: int, name: str, *, verify: bool) -> Index:
         """Find the tensors. `read(offset, nbytes)` returns exactly that or raises FormatError."""
+
+
+class Writing(Protocol):
+    """What the module of a format offers to a save; it does no I/O either.
+
+    Attributes
+    ----------
+    STRUCTURE : {"tree", "pickle", "legacy pickle", "arrays", "array"}
+        How an object stands in it: what :meth:`plan` wants as `structure`. ``"arrays"`` is a flat
+        dict of tensors and nothing else, ``"array"`` a single tensor; `structure` then has the
+        kinds of those that the dtype table does not say all of, by their position.
+    METADATA : bool
+        Whether it has a place for texts of the user's.
+    """
+
+    STRUCTURE: str
+    METADATA: bool
 
     def plan(
         self,
@@ -40,16 +69,32 @@ class Format(Protocol):
         *,
         framework: str | None,
         metadata: Mapping[str, str] | None,
-        tree: object | None,
+        structure: Any,
         checksum: bool,
+        stem: str,
     ) -> Plan:
-        """Decide where every byte of a new file stands."""
+        """Decide where every byte of a new file stands. `stem` is its name without extension."""
 
-    def seal(self, plan: Plan, crcs: np.ndarray | None) -> bytes | bytearray:
-        """Make the bytes that stand before the tensors, now that their checksums are known."""
+    def seal(self, plan: Plan, crcs: np.ndarray | None, early: bool = False) -> Pieces:
+        """Make the bytes that stand around the tensors, now that their checksums are known.
+
+        With `early`, which is asked for only where ``plan.early`` is not None: `crcs` are right for
+        those rows, and returned are all pieces, those that lack a checksum as placeholders. The
+        second call has all checksums and returns the pieces that lacked one.
+        """
 
 
-_MODULES = {"safetensors": "safetensors"}
+#: Modules that read, in the order in which they are asked whether a file is theirs.
+_READERS = ("safetensors", "archive", "torch_legacy", "torch_tar", "npy")
+
+#: What ``format=`` calls a format -> the module that writes it.
+_WRITERS = {
+    "safetensors": "safetensors",
+    "torch": "torch_zip",
+    "torch_legacy": "torch_legacy",
+    "npz": "npz",
+    "npy": "npy",
+}
 
 #: File name extension -> format that ``save`` writes to it. The empty one stands for all others.
 _EXTENSIONS = {
@@ -62,15 +107,12 @@ _EXTENSIONS = {
     ".npz": "npz",
     ".npy": "npy",
     ".gguf": "gguf",
+    ".pt2": "pt2",
 }
 
 #: First bytes of what others write, so that a file of another kind is called by its name.
 _FOREIGN = (
-    (b"PK\x03\x04", "a zip archive (torch.save, TorchScript or npz)"),
-    (b"PK\x05\x06", "an empty zip archive"),
-    (b"\x93NUMPY", "a NumPy .npy file"),
     (b"GGUF", "a GGUF file"),
-    (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", "a legacy torch.save stream"),
     (b"\x80\x02", "a pickle"),
     (b"\x80\x03", "a pickle"),
     (b"\x80\x04", "a pickle"),
@@ -84,11 +126,17 @@ _FOREIGN = (
 )
 
 
-def _format(name: str) -> Format:
-    return cast(Format, importlib.import_module(f".{_MODULES[name]}", __name__))
+@cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f".{name}", __name__)
 
 
-def for_saving(name: str | None, extension: str) -> Format:
+def checksummed(form: Writing, asked: bool) -> bool:
+    """Whether a file is written with checksums: as `asked`, unless the format leaves no choice."""
+    return {"arrays": True, "array": False}.get(form.STRUCTURE, asked)
+
+
+def for_saving(name: str | None, extension: str) -> Writing:
     """The format to write: `name` where it is given, else the one that `extension` stands for.
 
     Raises
@@ -97,9 +145,14 @@ def for_saving(name: str | None, extension: str) -> Format:
         Unknown, or one that this version only knows by name.
     """
     chosen = name if name is not None else _EXTENSIONS.get(extension, _EXTENSIONS[""])
-    if chosen in _MODULES:
-        return _format(chosen)
-    known = ", ".join(repr(text) for text in _MODULES)
+    if chosen in _WRITERS:
+        return cast(Writing, _module(_WRITERS[chosen]))
+    known = ", ".join(repr(text) for text in _WRITERS)
+    if chosen == "pt2":
+        raise ValueError(
+            "a path that ends in '.pt2' is for exported programs (torch.export); choose another "
+            f"extension for a checkpoint, or one of format={known}"
+        )
     if name is None:
         raise ValueError(
             f"a path that ends in {extension!r} means the format {chosen!r}, which cannot be "
@@ -108,7 +161,7 @@ def for_saving(name: str | None, extension: str) -> Format:
     raise ValueError(f"format {name!r} is unknown; known are {known}")
 
 
-def recognise(prefix: bytes, size: int, name: str) -> Format:
+def recognise(prefix: bytes, size: int, name: str) -> Reading:
     """The format of a file that begins with `prefix`, whatever its name ends in.
 
     Raises
@@ -116,8 +169,8 @@ def recognise(prefix: bytes, size: int, name: str) -> Format:
     FormatError
         None of those known here; the message says which it seems to be.
     """
-    for text in _MODULES:
-        module = _format(text)
+    for text in _READERS:
+        module = cast(Reading, _module(text))
         if module.sniff(prefix, size):
             return module
     if size == 0 or not prefix:

@@ -12,12 +12,29 @@ import numpy as np
 
 from ..dtypes import BY_NAME, DTYPES, DType
 from ..errors import ChecksumError, FormatError
-from ..layout import Index, Plan, alignment_order, pack
+from ..layout import Index, Pieces, Plan, alignment_order, pack
 from ..views import TensorBatch
 from ._header import Fault, Header, emit, header_crc, scan, stamp
 from ._header_text import read_error, short, write_error
 
-__all__ = ["MAX_HEADER", "header_size", "index", "parse", "plan", "seal", "sniff"]
+__all__ = [
+    "MAX_HEADER",
+    "METADATA",
+    "NEEDS_SIZE",
+    "STRUCTURE",
+    "header_size",
+    "index",
+    "parse",
+    "plan",
+    "seal",
+    "sniff",
+]
+
+#: An object stands in it as a tree of JSON (:mod:`holdfast.tree`).
+STRUCTURE = "tree"
+METADATA = True
+#: The header stands at the beginning.
+NEEDS_SIZE = False
 
 #: The most that the format allows for the JSON, padding included, in bytes.
 MAX_HEADER = 100_000_000
@@ -152,6 +169,7 @@ def parse(head: _Bytes, size: int, name: str, *, verify: bool = True) -> Index:
         tree=mark.get("tree"),
         crcs=crcs,
         end=end,
+        format="safetensors",
     )
 
 
@@ -282,8 +300,9 @@ def plan(
     *,
     framework: str | None,
     metadata: Mapping[str, str] | None,
-    tree: object | None,
+    structure: object | None,
     checksum: bool,
+    stem: str = "",  # noqa: ARG001 - nothing in this format has the file's name
 ) -> Plan:
     """Decide where every byte of a new file stands.
 
@@ -296,8 +315,8 @@ def plan(
         Name of the adapter that described the tensors.
     metadata : mapping of str to str, optional
         What the user wants to keep in the file.
-    tree : object, optional
-        The structure that the tensors are the leaves of, as what ``json`` can write.
+    structure : object, optional
+        The tree that the tensors are the leaves of, as what ``json`` can write.
     checksum : bool
         Whether :func:`seal` will be given the CRC-32 of each tensor.
 
@@ -323,8 +342,8 @@ def plan(
     if as_bytes.any():
         rows = np.flatnonzero(as_bytes).tolist()
         mark["dtypes"] = {str(i): DTYPES[views["dtype"][i]].name for i in rows}
-    if tree is not None:
-        mark["tree"] = tree
+    if structure is not None:
+        mark["tree"] = structure
     texts[_KEY] = json.dumps(mark, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     if checksum:
         texts[_CRC_KEY] = "0" * (8 * len(names))
@@ -375,7 +394,7 @@ def _emit(
     return head, value_at
 
 
-def seal(plan: Plan, crcs: np.ndarray | None) -> bytearray:
+def seal(plan: Plan, crcs: np.ndarray | None, early: bool = False) -> Pieces:
     """The whole header, to stand at offset 0.
 
     Parameters
@@ -384,14 +403,17 @@ def seal(plan: Plan, crcs: np.ndarray | None) -> bytearray:
         What :func:`plan` returned.
     crcs : ndarray of uint32, shape (n,), or None
         CRC-32 of the bytes of each tensor in the file; None where the plan was made without.
+    early : bool
+        False: nothing of this format stands between the tensors.
 
     Returns
     -------
-    bytearray
-        The plan's own, not to be changed; sealing again writes over it.
+    Pieces
+        Their bytes are the plan's own, not to be changed; sealing again writes over them.
     """
     state = plan.state
     assert isinstance(state, _State)
+    assert not early, "nothing of this format stands between the tensors"
     if (crcs is not None) != (state.crcs_at >= 0):
         raise ValueError("checksums have to be given if, and only if, the plan was made for them")
     if crcs is not None:
@@ -400,4 +422,4 @@ def seal(plan: Plan, crcs: np.ndarray | None) -> bytearray:
         stamp(state.head, state.crcs_at, np.ascontiguousarray(crcs, np.uint32))
     own = header_crc(state.head, state.mark_at)
     stamp(state.head, state.mark_at, np.array([own], np.uint32))
-    return state.head
+    return Pieces.one(state.head, 0)

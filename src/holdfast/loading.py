@@ -1,0 +1,133 @@
+"""What :func:`holdfast.load` does, and what drop-ins for other libraries need of it besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import adapters, fetch, objects
+from .adapters import Adapter
+from .checkpoint import Reader
+from .errors import FormatError
+from .layout import FOREIGN, Index
+from .pickled import Trust
+from .progress import ProgressArgument, reporting
+from .source import FileLike, Source, open_source
+from .views import TensorBatch
+
+__all__ = ["LoadOptions", "load_file"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load. What is not said here is as :func:`holdfast.load` has it.
+
+    Attributes
+    ----------
+    threads : int
+        0 lets the engine choose.
+    trust : Trust
+    gate : callable, optional
+        Given the name of the format before anything else is done with the file; what it raises
+        ends the load.
+    byteorder : {"little", "big"}, optional
+        What a file that could say its byte order and does not is taken for.
+    data : bool
+        False leaves the tensors' bytes unread: zeros.
+    shared : bool
+        Whether a map is shared with the file, so that writing to the tensors writes to it.
+    """
+
+    map_location: Any = None
+    mmap: bool | None = None
+    framework: str | None = None
+    keys: str | Iterable[str] | None = None
+    verify: bool | None = None
+    threads: int = 0
+    progress: ProgressArgument = None
+    trust: Trust = field(default_factory=Trust)
+    gate: Callable[[str], None] | None = None
+    byteorder: str | None = None
+    data: bool = True
+    shared: bool = False
+
+
+def load_file(f: FileLike, options: LoadOptions) -> Any:
+    """Load the object in a file."""
+    if options.framework is not None:
+        adapters.by_name(options.framework)  # so that a bad name is told before a bad file
+    with Reader(open_source(f), verify=options.verify is not False) as reader:
+        source, index = reader.source, reader.index
+        if options.gate is not None:
+            options.gate(index.format)
+        if index.program is not None and not options.trust.weights_only:
+            return _program(source, index.program, options)
+        adapter = adapters.choose(options.framework, index.framework)
+        if options.mmap and not source.mappable:
+            raise ValueError(f"{source.name}: mmap=True needs the path of a regular file")
+        if options.byteorder == "big" and index.byteorder is None and index.storages is not None:
+            index.storages["flags"] |= FOREIGN
+        chosen = None if options.keys is None else reader.select(options.keys)
+        if chosen is None:
+            rows = np.arange(len(index), dtype=np.int64)
+        else:
+            rows = np.array(sorted(set(chosen.values())), np.int64)
+        batch = _bring(source, index, rows, adapter, options)
+        made = objects.assembler(
+            index,
+            batch,
+            rows,
+            adapter,
+            name=source.name,
+            forced=options.framework is not None,
+            kinds=reader.kinds,
+            location=options.map_location,
+            trust=options.trust,
+        )
+        found = made.whole() if chosen is None else made.named(chosen)
+        source.leave(index.end)
+        return found
+
+
+def _bring(
+    source: Source, index: Index, rows: np.ndarray, adapter: Adapter, options: LoadOptions
+) -> TensorBatch:
+    """The tensors of these entries in memory, mapped or read."""
+    mapped = source.local if options.mmap is None else options.mmap
+    if not options.data or adapter.dataless(options.map_location):
+        return fetch.blank_tensors(index, rows)
+    check = fetch.checkable(index) and (not mapped if options.verify is None else options.verify)
+    with reporting(options.progress, fetch.total(index, rows)) as report:
+        if not mapped:
+            return fetch.read_tensors(
+                source, index, rows, verify=check, threads=options.threads, progress=report
+            )
+        if check:
+            fetch.verify_rows(source, index, rows, threads=options.threads, progress=report)
+        buffer = source.map_shared(index.end) if options.shared else None
+        return fetch.map_tensors(source, index, rows, buffer)
+
+
+def _program(source: Source, kind: str, options: LoadOptions) -> Any:
+    """The program that a file holds."""
+    from . import programs
+
+    if options.keys is not None:
+        raise ValueError(f"{source.name}: keys= takes tensors, which weights_only=True gives")
+    if options.framework not in (None, "torch"):
+        raise FormatError(
+            f"{source.name}: framework={options.framework!r} has no programs; weights_only=True "
+            "gives the tensors"
+        )
+    mapped = source.local if options.mmap is None else options.mmap
+    return programs.load_program(
+        source,
+        kind,
+        map_location=options.map_location,
+        mmap=mapped,
+        threads=options.threads,
+        verify=options.verify,
+    )
