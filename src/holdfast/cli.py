@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from . import __version__, open, verify
+from . import __version__, convert, open, verify
 
 __all__ = ["main"]
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except BrokenPipeError:
         return 0
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"holdfast: {error}", file=sys.stderr)
         return 1
 
@@ -42,6 +42,14 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", help="check every byte against the checksums")
     check.add_argument("paths", nargs="+", metavar="path")
     check.set_defaults(run=_verify)
+
+    change = commands.add_parser(
+        "convert", help="write what is in one file to another, in the format that its name means"
+    )
+    change.add_argument("src")
+    change.add_argument("dst")
+    change.add_argument("--format", help="whatever the name of dst says")
+    change.set_defaults(run=_convert)
 
     info = commands.add_parser("info", help="list the tensors of a file; only its header is read")
     info.add_argument("path")
@@ -87,6 +95,11 @@ def _verify(options: argparse.Namespace) -> int:
         else:
             print(f"{path}: ok, {report.checked} tensors checked")
     return status
+
+
+def _convert(options: argparse.Namespace) -> int:
+    convert(options.src, options.dst, options.format)
+    return 0
 
 
 def _printable(text: str) -> str:

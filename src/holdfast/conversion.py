@@ -1,0 +1,465 @@
+"""From one format to another: tensors' bytes copied from map to file, never made tensors of."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import adapters, fetch, formats, objects, storages
+from .adapters.base import PARAMETER, REQUIRES_GRAD, Placed, refusal
+from .checkpoint import Reader
+from .collect import collect, split_kind
+from .dtypes import DTYPES
+from .errors import FormatError, UnsafeError
+from .formats import Writing
+from .layout import FOREIGN, SEGMENT, Index, Plan, Structure
+from .pickling import pickle_around
+from .progress import ProgressArgument
+from .publish import check_target, write_out
+from .safe import SafeResolver
+from .source import FileLike, is_path, open_source
+from .views import TensorBatch
+
+__all__ = ["convert_file"]
+
+#: What the kinds of torch's tensors are in the pickle of one.
+_FLAGS = {
+    "": 0,
+    "requires_grad": REQUIRES_GRAD,
+    "parameter": PARAMETER | REQUIRES_GRAD,
+    "parameter,frozen": PARAMETER,
+}
+
+
+class Ref:
+    """An entry of the file that is converted, in the place of its tensor."""
+
+    __slots__ = ("kind", "row")
+
+    def __init__(self, row: int, kind: str) -> None:
+        self.row = row
+        self.kind = kind
+
+
+class _RefAdapter:
+    """The entries of a file as tensors of the framework that saved them.
+
+    Of :class:`holdfast.adapters.base.Adapter` it has what saving asks for.
+    """
+
+    codecs: tuple[Any, ...] = ()
+
+    def __init__(self, name: str | None, index: Index, batch: TensorBatch) -> None:
+        self.name = name
+        self.ref = type("Ref", (Ref,), {"__slots__": ()})
+        self.plain_types: frozenset[type] = frozenset({self.ref})
+        self._index = index
+        self._batch = batch
+
+    def is_tensor(self, obj: object) -> bool:
+        return type(obj) is self.ref
+
+    def describe(
+        self, tensors: Sequence[Ref], names: Sequence[str]
+    ) -> tuple[TensorBatch, dict[int, str]]:
+        """Rows of the batch in which all entries are in memory."""
+        rows = np.array([ref.row for ref in tensors], np.int64)
+        flags = self._index.flags
+        for i in np.flatnonzero(flags[rows]).tolist() if flags is not None else ():
+            raise refusal(names[i], "conjugated or negated lazily, which this format cannot say")
+        batch = self._batch
+        views = np.ascontiguousarray(batch.views[rows])
+        kinds = {i: ref.kind for i, ref in enumerate(tensors) if ref.kind}
+        return TensorBatch(views, batch.dims, [batch] * len(rows), batch.strides), kinds
+
+
+class _RefStorages:
+    """Storages of the file that is converted, as they stand in it."""
+
+    def __init__(self, index: Index, batch: TensorBatch) -> None:
+        self.name = index.framework or "torch"
+        self._index = index
+        self._batch = batch
+        self._first: dict[int, int] = {}  # storage -> the first entry that is a view of it
+        self._keys: dict[int, str] = {}
+
+    @property
+    def keys(self) -> list[str]:
+        """In the order in which they were first seen."""
+        return list(self._keys.values())
+
+    @property
+    def rows(self) -> list[int]:
+        """The storage, or where there are none the entry, that each key stands for."""
+        return list(self._keys)
+
+    def persistent(self, obj: Any) -> tuple[Any, ...] | None:  # noqa: ARG002
+        return None
+
+    def add(self, tensor: Ref) -> Placed:
+        """Where an entry lies in its storage; an entry without one is a storage of its own."""
+        index, row = self._index, tensor.row
+        entry = index.entries[row]
+        dtype = DTYPES[int(entry["dtype"])]
+        if dtype.torch is None or tensor.kind not in _FLAGS:
+            raise TypeError(f"{dtype.name} {tensor.kind}".strip() + ": PyTorch has no such type")
+        if index.flags is not None and index.flags[row]:
+            raise TypeError("a tensor that is conjugated or negated lazily")
+        shape = index.shape(row)
+        if index.storage is None or index.storages is None:
+            own, nbytes, offset = row, int(entry["nbytes"]), 0
+        else:
+            own = int(index.storage[row])
+            nbytes = int(index.storages["nbytes"][own])
+            offset = int(entry["offset"]) - int(index.storages["offset"][own])
+        key = self._keys.setdefault(own, str(len(self._keys)))
+        if int(index.entries["dtype"][self._first.setdefault(own, row)]) != dtype.code:
+            raise RuntimeError(
+                f"a storage that is {dtype.name} for one tensor and something else for another"
+            )
+        size = dtype.itemsize
+        strides = _dense(shape)
+        if index.strides is not None:
+            first = int(entry["dims"])
+            steps = index.strides[first : first + len(shape)] // size
+            strides = tuple(steps.tolist())
+        return key, dtype.code, nbytes, offset // size, shape, strides, _FLAGS[tensor.kind]
+
+    def batch(self) -> TensorBatch:
+        """The storages in memory, one row each."""
+        index, batch = self._index, self._batch
+        if index.storages is None or batch.storages is None:
+            rows = np.array(list(self._first), np.int64)
+            views = np.ascontiguousarray(batch.views[rows])
+            return TensorBatch(views, batch.dims, [batch] * len(rows), batch.strides)
+        which = list(self._first)
+        found = batch.storages.rows(which)
+        for i, row in enumerate(self._first.values()):
+            code = int(index.entries["dtype"][row])
+            found.views["dtype"][i] = code
+            found.dims[i] //= DTYPES[code].itemsize
+        found.owners = [batch] * len(which)
+        found.owner = None
+        return found
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements of C order."""
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
+class _Conversion:
+    """A file that is open to be converted.
+
+    Parameters
+    ----------
+    reader : Reader
+    threads : int
+        0 lets the engine choose.
+    """
+
+    def __init__(self, reader: Reader, threads: int) -> None:
+        self.index = index = reader.index
+        self.reader = reader
+        self.threads = threads
+        foreign = index.storages is not None and index.storages["flags"] & FOREIGN
+        self.swapped = bool(np.any(foreign))
+        source = reader.source
+        rows = np.arange(len(index), dtype=np.int64)
+        self.start = self.stop = 0
+        if source.mappable:
+            buffer = source.map(index.end)
+            self.start, self.stop = buffer.address, buffer.address + index.end
+            self.batch = fetch.map_tensors(source, index, rows, buffer, aligned=False)
+        else:
+            check = fetch.checkable(index)
+            self.batch = fetch.read_tensors(source, index, rows, verify=check, threads=threads)
+        self._adapters: dict[str | None, _RefAdapter] = {}
+
+    @property
+    def adapters(self) -> list[Any]:
+        """Of every framework whose tensors there are."""
+        return list(self._adapters.values())
+
+    def ref(self, row: int) -> Ref:
+        """The stand-in for the tensor of an entry."""
+        framework, kind = self.index.framework, self.reader.kinds.get(row, "")
+        if kind and self.index.structure is None:
+            framework, kind = split_kind(kind)
+        return self._adapter(framework).ref(row, kind)  # type: ignore[no-any-return]
+
+    def _adapter(self, framework: str | None) -> _RefAdapter:
+        if framework not in self._adapters:
+            self._adapters[framework] = _RefAdapter(framework, self.index, self.batch)
+        return self._adapters[framework]
+
+    def object(self) -> Any:
+        """The object in the file around stand-ins; where it cannot be made, its tensors by name."""
+        index, reader = self.index, self.reader
+        if index.tree is not None:
+            return objects.rebuild(index, self._leaf, reader.source.name)
+        if index.structure is not None:
+            try:
+                return self._replayed(index.structure)
+            except UnsafeError as error:
+                self._refuse_loss()
+                warnings.warn(
+                    f"{reader.source.name}: converted as a flat dict of its tensors, since the "
+                    f"object itself needs more than values: {error}",
+                    stacklevel=5,
+                )
+            except (FormatError, TypeError) as error:
+                raise TypeError(
+                    f"{error}: only plain tensors can be converted; load and save it instead"
+                ) from error
+        return {name: self.ref(row) for name, row in reader.paths().items()}
+
+    def _replayed(self, structure: Structure) -> Any:
+        """The object around stand-ins. Its framework is imported only if it has values of it."""
+        name = self.reader.source.name
+        refs = [self.ref(row) for row in range(len(self.index))]
+        plain = _Plain(name, self.index.framework or "")
+        try:
+            return structure.replay(refs, _no_storage, plain)
+        except UnsafeError:
+            if not plain.needed:
+                raise
+        framework = adapters.choose(None, self.index.framework).name
+        return structure.replay(refs, _no_storage, SafeResolver(framework, name=name))
+
+    def _refuse_loss(self) -> None:
+        """Raise TypeError where the file holds more than the tensors that have names."""
+        index = self.index
+        if index.storages is None or index.storage is None:
+            return
+        lost = np.setdiff1d(np.arange(len(index.storages)), index.storage)
+        if len(lost):
+            raise TypeError(
+                f"{self.reader.source.name}: {len(lost)} of its {len(index.storages)} storages are "
+                "those of no plain tensor (quantized ones, or storages by themselves): load and "
+                "save it instead of converting it"
+            )
+
+    def _leaf(self, row: int, kind: str | None) -> Any:
+        if kind != objects.BLOB:
+            framework, text = split_kind(kind) if kind else (self.index.framework, "")
+            return self._adapter(framework).ref(row, text)
+        address, nbytes = self.batch.views[["address", "nbytes"]][row].tolist()
+        return objects.Blob(ctypes.string_at(address, nbytes))
+
+    def mapped(self, batch: TensorBatch) -> np.ndarray:
+        """Which rows of `batch` are in the map of the file."""
+        address = batch.views["address"]
+        found: np.ndarray = (address >= self.start) & (address < self.stop)
+        return found
+
+    def verify(self, rows: np.ndarray, whole: bool) -> None:
+        """Raise ChecksumError for damage that :meth:`check` will not see, before it is copied."""
+        if not fetch.checkable(self.index):
+            return
+        if self.swapped:
+            rows = np.arange(len(self.index), dtype=np.int64)
+        elif whole:
+            return
+        else:
+            # What is a view among others of checked bytes has no checksum of its own.
+            rows = rows[~fetch.expected_crcs(self.index, rows)[0]]
+        if len(rows):
+            fetch.verify_rows(self.reader.source, self.index, rows, threads=self.threads)
+
+    def check(self, crcs: np.ndarray, rows: np.ndarray, whole: bool) -> None:
+        """Raise ChecksumError where what was written is not what the file says it holds.
+
+        Parameters
+        ----------
+        crcs : ndarray of uint32
+            Of what was written, which is what the file holds unless bytes were swapped.
+        rows : ndarray of int64
+            The entry, or with `whole` the storage, that each of them is of; -1 for none.
+        """
+        if self.swapped:
+            return
+        crcs, rows = crcs[rows >= 0], rows[rows >= 0]
+        index, name = self.index, self.reader.source.name
+        if whole and index.storages is not None:
+            storages.damage(name, index, rows, crcs)
+            return
+        segments = np.zeros(len(rows), SEGMENT)
+        segments["crc"] = crcs
+        fetch.check(name, index, rows, segments)
+
+
+class _Plain(SafeResolver):
+    """Allows plain values; `needed` says that it stopped at one of the framework's."""
+
+    def __init__(self, name: str, framework: str) -> None:
+        super().__init__("numpy", name=name)
+        self.needed = False
+        self._framework = framework
+
+    def find(self, module: str, name: str) -> object:
+        """What a pickle means by ``module.name``."""
+        if module.partition(".")[0] == self._framework:
+            self.needed = True
+            raise UnsafeError(f"{module}.{name} is a value of {self._framework}")
+        return super().find(module, name)
+
+
+def _no_storage(row: int, code: int, *_: object) -> object:
+    del code
+    raise FormatError(f"storage {row} is that of a quantized tensor, or of none")
+
+
+def convert_file(
+    src: FileLike,
+    dst: FileLike,
+    *,
+    format: str | None,
+    durable: bool,
+    checksum: bool,
+    threads: int,
+    progress: ProgressArgument,
+) -> None:
+    """What :func:`holdfast.convert` does."""
+    check_target(dst)
+    path = os.fsdecode(dst) if is_path(dst) else ""  # type: ignore[arg-type]
+    stem, extension = os.path.splitext(os.path.basename(path))
+    form = formats.for_saving(format, extension.lower())
+    with Reader(open_source(src)) as reader:
+        work = _Conversion(reader, threads)
+        plan = {"tree": _plan_tree, "arrays": _plan_arrays, "array": _plan_arrays}.get(
+            form.STRUCTURE, _plan_pickle
+        )
+        checksum = formats.checksummed(form, checksum)
+        made, batch, rows, whole = plan(work, form, checksum, stem)
+        work.verify(rows[rows >= 0], whole)
+        write_out(
+            dst,
+            made,
+            batch,
+            form.seal,
+            durable=durable,
+            checksum=checksum,
+            threads=threads,
+            progress=progress,
+            release=work.mapped(batch),
+            check=lambda crcs: work.check(crcs, rows, whole),
+        )
+
+
+def _metadata(work: _Conversion, form: Writing) -> Mapping[str, str] | None:
+    """What the user put beside the tensors, as far as the other format has a place for it."""
+    metadata = work.index.metadata
+    if form.METADATA or not metadata:
+        return metadata
+    warnings.warn(
+        f"{work.reader.source.name}: the metadata {sorted(metadata)} are left out: the format has "
+        "no place for them",
+        stacklevel=5,
+    )
+    return None
+
+
+_Planned = tuple[Plan, TensorBatch, np.ndarray, bool]
+
+
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+#: Items that a tree may have which shares no part, besides four for each byte of a pickle.
+_MOST_ITEMS = 1 << 20
+
+
+def _check_extent(obj: Any, work: _Conversion) -> None:
+    """Raise FormatError where a tree of `obj` would be out of all proportion to the file.
+
+    A tree has what stands at many places at each of them: a few hundred bytes of a pickle are
+    enough for 2**60 items. What contains itself is for others to refuse.
+    """
+    structure = work.index.structure
+    most = _MOST_ITEMS + 4 * len(structure.data if structure is not None else b"")
+    extents: dict[int, int] = {}  # of a container by its id; 0 while it is not known
+    stack = [obj] if isinstance(obj, _CONTAINERS) else []
+    while stack:
+        item = stack[-1]
+        values = item.values() if isinstance(item, dict) else item
+        inner = [value for value in values if isinstance(value, _CONTAINERS)]
+        if id(item) not in extents:
+            extents[id(item)] = 0
+            stack += [value for value in inner if id(value) not in extents]
+            continue
+        stack.pop()
+        if not extents[id(item)]:
+            extents[id(item)] = 1 + len(item) + sum(extents[id(value)] for value in inner)
+        if extents[id(item)] > most:
+            raise FormatError(
+                f"{work.reader.source.name}: expected an object of at most {most} items, each as "
+                "often as it stands in it, found more: convert it with format='torch'"
+            )
+
+
+def _plan_tree(work: _Conversion, form: Writing, checksum: bool, stem: str) -> _Planned:
+    """Plan a file in which the object is a tree of JSON around its tensors."""
+    known = [*adapters.loaded(), *work.adapters]
+    obj = work.object()
+    _check_extent(obj, work)
+    known = [*adapters.loaded(), *work.adapters]
+    flat, blobs = objects.flatten(obj, known)
+    found = collect(flat.names, flat.leaves, known)
+    plan = form.plan(
+        found.names,
+        found.batch,
+        framework=found.framework,
+        metadata=_metadata(work, form),
+        structure=objects.tree_of(flat, blobs, found),
+        checksum=checksum,
+        stem=stem,
+    )
+    rows = np.full(len(found.names), -1, np.int64)
+    for leaf, place in zip(flat.leaves, found.position, strict=True):
+        rows[place] = leaf.row if isinstance(leaf, Ref) else -1
+    return plan, found.batch, rows, False
+
+
+def _plan_arrays(work: _Conversion, form: Writing, checksum: bool, stem: str) -> _Planned:
+    """Plan a file that holds a flat dict of tensors, or a single one, and nothing else."""
+    obj = work.object()
+    known = [*adapters.loaded(), *work.adapters]
+    names, refs = objects.arrays_of(obj, form.STRUCTURE, known)
+    found = collect(names, refs, known, ties=False)
+    plan = form.plan(
+        found.names,
+        found.batch,
+        framework=found.framework,
+        metadata=_metadata(work, form),
+        structure=found.kinds,
+        checksum=checksum,
+        stem=stem,
+    )
+    rows = [ref.row if isinstance(ref, Ref) else -1 for ref in refs]
+    return plan, found.batch, np.array(rows, np.int64), False
+
+
+def _plan_pickle(work: _Conversion, form: Writing, checksum: bool, stem: str) -> _Planned:
+    """Plan a file in which the object is a pickle around its tensors' storages."""
+    obj = work.object()
+    storage = _RefStorages(work.index, work.batch)
+    types = frozenset(adapter.ref for adapter in work.adapters)
+    found = pickle_around(obj, storage, types, legacy=form.STRUCTURE == "legacy pickle")
+    plan = form.plan(
+        found.keys,
+        found.batch,
+        framework=work.index.framework,
+        metadata=_metadata(work, form),
+        structure=found.data,
+        checksum=checksum,
+        stem=stem,
+    )
+    return plan, found.batch, np.array(storage.rows, np.int64), True
