@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from . import imports, machine, memory, operations, report, workloads
+from . import imports, machine, memory, operations, programs, report, workloads
 from .contenders import CONTENDERS
 from .samples import Run, Sample, Skip, read, write_line
 from .workloads import Material, Workload
 
 RESULTS = Path(__file__).resolve().parent / "results"
-OPERATIONS = (*operations.NAMES, *memory.NAMES, imports.NAME)
+OPERATIONS = (*operations.NAMES, *memory.NAMES, programs.NAME, imports.NAME)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,6 +123,8 @@ def record(
             if name in ops and name in workload.operations:
                 found = memory.measure(empty, name, scale, samples, directory, skipped)
                 keep(f"{workload.name} {name}", found)
+    if programs.NAME in ops:
+        keep(programs.NAME, programs.measure(samples, scale, directory, skipped))
     if imports.NAME in ops:
         keep(imports.NAME, imports.measure(samples, skipped))
 

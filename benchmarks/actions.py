@@ -88,6 +88,27 @@ def hold(framework: str) -> dict[str, Action]:
     }
 
 
+def hold_torch_save(durable: bool) -> Action:
+    """To the archive that torch.load reads, whatever the path ends in."""
+
+    def action(job: Job) -> None:
+        import holdfast
+
+        holdfast.save(job.obj, job.path, format="torch", durable=durable)
+
+    return action
+
+
+def hold_torch(framework: str) -> dict[str, Action]:
+    """What we do with the files of torch.save; those that are read, torch has written."""
+    found = hold(framework)
+    if framework == "torch":
+        found |= {"save": hold_torch_save(False), "save-durable": hold_torch_save(True)}
+    else:
+        del found["save"], found["save-durable"]
+    return found
+
+
 # ---- torch ------------------------------------------------------------------------------------
 
 

@@ -83,6 +83,12 @@ CONTENDERS: tuple[Contender, ...] = (
         True,
     ),
     Contender(
+        "holdfast, .pt", "ours", "torch", "pt", do.hold_torch("torch"), ("holdfast", "torch"), True
+    ),
+    Contender(
+        "holdfast, .pt, numpy", "ours", "numpy", "pt", do.hold_torch("numpy"), ("holdfast",), True
+    ),
+    Contender(
         "safetensors.torch",
         "rival",
         "torch",

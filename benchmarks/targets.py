@@ -13,7 +13,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A figure to reach: medians of holdfast against the best median of `against`.
+    """A figure to reach: medians of `ours` against the best median of `against`.
 
     Attributes
     ----------
@@ -30,6 +30,7 @@ class Target:
     against: tuple[str, ...]
     required: float
     at_most: bool = False
+    ours: str = "holdfast"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Verdict:
         """What, against what, required and found, as a reader wants them."""
         target = self.target
         what = f"{target.workload} {target.operation}".replace("import import", "import")
+        what += target.ours.removeprefix("holdfast")
         show = _SHOW["bytes" if not target.against else "limit" if target.required < 1 else "times"]
         found = "not measured" if self.found is None else show(self.found)
         sign = "≤" if target.at_most or not target.against else "≥"
@@ -64,6 +66,8 @@ _SHOW: dict[str, Callable[[float], str]] = {
     "times": lambda value: f"{value:.2f} x" if value < 10 else f"{value:.0f} x",
 }
 
+#: holdfast on the files of torch.save.
+PT = "holdfast, .pt"
 RAW_READ = ("raw read", "raw O_DIRECT read")
 
 TARGETS: tuple[Target, ...] = (
@@ -86,6 +90,13 @@ TARGETS: tuple[Target, ...] = (
     Target("train", "memory-save", (), 64 * MIB),
     Target("train", "memory-fill", (), 64 * MIB),
     Target("import", "import", ("numpy",), 1.5, at_most=True),
+    Target("llm", "save-durable", ("torch",), 2.5, ours=PT),
+    Target("llm", "save", ("torch",), 1.5, ours=PT),
+    Target("many", "save", ("torch",), 10, ours=PT),
+    Target("llm", "load-eager", ("torch",), 3.5, ours=PT),
+    Target("many", "load-mapped", ("torch",), 20, ours=PT),
+    Target("many", "load-eager", ("torch",), 20, ours=f"{PT}, numpy"),
+    Target("program", "program-first", ("torch.jit.load",), 3),
 )
 
 
@@ -95,7 +106,7 @@ def judge(run: Run, targets: Sequence[Target] = TARGETS) -> list[Verdict]:
 
 
 def _found(run: Run, target: Target) -> float | None:
-    ours = run.values(target.workload, target.operation, "holdfast")
+    ours = run.values(target.workload, target.operation, target.ours)
     if not ours:
         return None
     if not target.against:

@@ -58,7 +58,7 @@ def batch(arrays: dict[str, Any]) -> TensorBatch:
 
 def plan_of(arrays: dict[str, Any], batch: TensorBatch) -> Plan:
     return safetensors.plan(
-        list(arrays), batch, framework="numpy", metadata=None, tree=None, checksum=True
+        list(arrays), batch, framework="numpy", metadata=None, structure=None, checksum=True
     )
 
 
