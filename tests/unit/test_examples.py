@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,27 @@ def test_training() -> None:
 
 def test_inspect(saved: Path) -> None:
     assert "model.w: float32 (3, 4)" in run("inspect_weights.py", str(saved))
+
+
+def test_a_torch_file_without_torch(saved: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "model.pt", tmp_path / "model.safetensors"
+    holdfast.convert(saved, path)
+    text = run("read_torch_file.py", str(path), str(out))
+    assert "model.w: float32 (3, 4)" in text
+    assert "holds a dict of values" in text
+    assert "2 tensors with checksums" in text
+
+
+def test_a_torch_file_that_is_not_trusted(tmp_path: Path) -> None:
+    holdfast.save({"w": np.ones(2), "x": Fraction(1, 3)}, tmp_path / "model.pt")
+    text = run("read_torch_file.py", str(tmp_path / "model.pt"))
+    assert "w begins with [1. 1.]" in text
+    assert "safe_globals=[fractions.Fraction]" in text
+
+
+def test_the_drop_in() -> None:
+    pytest.importorskip("torch")
+    assert "last.ckpt: 4 tensors, whole" in run("drop_in.py")
 
 
 def test_info(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
