@@ -1,0 +1,294 @@
+"""Arrays by name in an archive of NumPy's: ``.npz``.
+
+A zip archive, each record of which is an array as it would stand in a ``.npy`` file. Records are
+written stored, never deflated, so that the arrays can be mapped, and an extra field of each local
+header is as long as it takes for the elements to begin at a multiple of 64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ..errors import FormatError
+from ..layout import CHECKED, STORAGE, Index, Pieces, Plan
+from ..views import TensorBatch
+from . import Read
+from ._crc import shift
+from ._header_text import short
+from ._npy_header import PREFIX, Columns, Header, heads, length, parse
+from ._npz_emit import Skeleton
+from ._zip import Directory
+from ._zip_inflate import exactly
+
+__all__ = ["METADATA", "STRUCTURE", "claims", "index", "plan", "seal"]
+
+#: It holds a flat dict of arrays and nothing else; each always has a checksum.
+STRUCTURE = "arrays"
+METADATA = False
+
+_SUFFIX = ".npy"
+#: Arrays smaller than this have their checksums computed before anything is written, so that the
+#: headers, which have them, are written along with the arrays.
+_EARLY = 4 << 20
+
+#: Bytes that are read for a header at first, which is all of most.
+_FIRST = 128
+#: Records so close to each other are read together, so many bytes of them.
+_NEAR, _WINDOW = 16 << 10, 1 << 20
+#: Bytes of a deflated record that are read at once to get at its header.
+_PACKED = 512
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def claims(directory: Directory) -> bool:
+    """Whether this is an archive of NumPy's, sound or not; ``numpy.savez`` of nothing is empty."""
+    return len(directory) == 0 or any(name.endswith(_SUFFIX) for name in directory.names)
+
+
+def index(
+    read: Read,
+    size: int,  # noqa: ARG001
+    name: str,
+    directory: Directory,
+    *,
+    verify: bool = True,  # noqa: ARG001 - headers share the checksums of their arrays
+) -> Index:
+    """Find the arrays.
+
+    Raises
+    ------
+    FormatError
+        A record is no array, or one that cannot be read, or has another size than its header says.
+    """
+    rows = [row for row, text in enumerate(directory.names) if not text.endswith("/")]
+    names = []
+    for row in rows:
+        text = directory.names[row]
+        if not text.endswith(_SUFFIX):
+            raise FormatError(
+                f"{name}: record {short(text)}: expected arrays alone, whose records end in "
+                f"{_SUFFIX!r}"
+            )
+        names.append(text[: -len(_SUFFIX)])
+    records = directory.rows[rows]
+    columns = Columns()
+    sums, lengths = [], []
+    known: dict[bytes, Header] = {}
+    for i, raw in _headers(read, records, names, name):
+        head = known.get(raw)
+        if head is None:
+            head = known[raw] = parse(raw, f"{name}: array {short(names[i])}")
+        offset, nbytes = int(records["offset"][i]), int(records["size"][i])
+        if nbytes != head.nbytes + head.size:
+            raise FormatError(
+                f"{name}: array {short(names[i])}: expected {head.size} bytes of elements after "
+                f"{head.nbytes} of the header at offset {offset}, found {nbytes - head.nbytes}"
+            )
+        columns.add(head, offset + head.nbytes)
+        sums.append(zlib.crc32(raw))
+        lengths.append(head.nbytes)
+    found = columns.index(names, directory.end)
+    _fill(found, records, np.array(sums, np.uint32), np.array(lengths, np.uint64))
+    found.format = "npz"
+    found.others = _nothing
+    return found
+
+
+def _fill(index: Index, records: np.ndarray, sums: np.ndarray, lengths: np.ndarray) -> None:
+    """Say how the storages stand in their records, and what their checksums are.
+
+    That of a record is of header and elements together; what the header contributed is taken out.
+    """
+    storages = index.storages
+    assert storages is not None
+    packed = records["method"] != 0
+    storages["packed"] = np.where(packed, records["packed"], 0)
+    storages["skip"] = np.where(packed, lengths, 0)
+    storages["offset"][packed] = records["offset"][packed]
+    index.entries["offset"] = storages["offset"]
+    storages["crc"] = records["crc"] ^ shift(sums, storages["nbytes"])
+    storages["flags"] |= CHECKED
+
+
+def _nothing() -> tuple[np.ndarray, list[str]]:
+    """No records besides those of arrays, and of these nothing that their checksums do not say."""
+    return np.zeros(0, STORAGE), []
+
+
+def _headers(
+    read: Read, records: np.ndarray, names: list[str], name: str
+) -> Iterator[tuple[int, bytes]]:
+    """Position and header of each record, in the order of `records`."""
+    where = [f"{name}: array {short(text)}" for text in names]
+    windows = _windows(records)
+    at, data = 0, b""
+    for i, (offset, nbytes, packed, method) in enumerate(
+        records[["offset", "size", "packed", "method"]].tolist()
+    ):
+        if method:
+            yield i, _inflated(read, offset, packed, where[i], name)
+            continue
+        if windows[i]:
+            at, data = offset, exactly(read, offset, windows[i], name)
+        first = data[offset - at : offset - at + min(nbytes, _FIRST)]
+        total = length(first, where[i])
+        if total > nbytes:
+            raise FormatError(
+                f"{where[i]}: header: needs {total} bytes at offset {offset}, found {nbytes}"
+            )
+        if total <= len(first):
+            yield i, first[:total]
+        else:
+            yield i, exactly(read, offset, total, name)
+
+
+def _windows(records: np.ndarray) -> list[int]:
+    """For each record how many bytes to read from it on, to have the headers of those after it.
+
+    0 for those that are had by then.
+    """
+    stored = records["method"] == 0
+    offsets = records["offset"].tolist()
+    first = np.minimum(records["size"], _FIRST).tolist()
+    found = [0] * len(records)
+    start = -1
+    for i, plain in enumerate(stored.tolist()):
+        end = offsets[i] + first[i]
+        if not plain:
+            start = -1
+        elif (
+            start >= 0
+            and 0 <= offsets[i] - offsets[i - 1] <= _NEAR
+            and end - offsets[start] <= _WINDOW
+        ):
+            found[start] = end - offsets[start]
+        else:
+            start, found[i] = i, first[i]
+    return found
+
+
+def _inflated(read: Read, offset: int, packed: int, where: str, name: str) -> bytes:
+    """The header of a record that is deflated, of which no more is inflated than that takes."""
+    machine = zlib.decompressobj(-zlib.MAX_WBITS)
+    out = b""
+    done = 0
+
+    def fill(total: int) -> None:
+        nonlocal out, done
+        data = machine.unconsumed_tail
+        while len(out) < total:
+            part = b"" if machine.eof else machine.decompress(data, total - len(out))
+            out, data = out + part, machine.unconsumed_tail
+            if part or (data and not machine.eof):
+                continue
+            if machine.eof or done >= packed:
+                raise FormatError(
+                    f"{where}: header: needs {total} bytes, its deflated data at offset {offset} "
+                    f"are {len(out)}"
+                )
+            data = exactly(read, offset + done, min(_PACKED, packed - done), name)
+            done += len(data)
+
+    try:
+        fill(PREFIX)
+        total = length(out, where)
+        fill(total)
+    except zlib.error as error:
+        raise FormatError(f"{where}: is no deflated data: {error}") from None
+    return out[:total]
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
+def plan(
+    names: list[str],
+    batch: TensorBatch,
+    *,
+    framework: str | None,  # noqa: ARG001 - what is loaded are arrays
+    metadata: Mapping[str, str] | None,
+    structure: Mapping[int, str],
+    checksum: bool,
+    stem: str,  # noqa: ARG001
+) -> Plan:
+    """Lay out a file.
+
+    Parameters
+    ----------
+    names : list of str
+    batch : TensorBatch
+    framework : str or None
+        Nothing in the file says it.
+    metadata : mapping of str to str, optional
+        There is no place for any.
+    structure : mapping of int to str
+        What the dtype table does not say of some tensors.
+    checksum : bool
+        True: every reader of zip archives expects checksums.
+    stem : str
+        Nothing in the file says it.
+
+    Raises
+    ------
+    TypeError
+        A tensor of a type that no array of NumPy's can hold as bytes.
+    ValueError
+        A name that no record can have, or that NumPy takes for another; metadata.
+    """
+    if metadata:
+        raise ValueError("metadata have no place in a .npz file; a .safetensors file has one")
+    if not checksum:
+        raise ValueError("a .npz file without checksums cannot be read by NumPy")
+    _check_names(names)
+    skeleton = Skeleton(
+        [name + _SUFFIX for name in names],
+        heads(names, batch, dict(structure), "a .npz file"),
+        batch.views["nbytes"].astype(np.uint64),
+    )
+    return Plan(
+        offsets=skeleton.offsets,
+        size=skeleton.size,
+        early=skeleton.nbytes < _EARLY,
+        state=skeleton,
+    )
+
+
+def seal(plan: Plan, crcs: np.ndarray | None, early: bool = False) -> Pieces:
+    """The headers of all records, and the directory; see :class:`holdfast.formats.Writing`."""
+    skeleton: Skeleton = plan.state
+    assert plan.early is not None
+    if crcs is None or len(crcs) != len(plan.offsets):
+        raise ValueError(f"expected the checksums of {len(plan.offsets)} tensors")
+    rows = np.flatnonzero(plan.early if early else ~plan.early)
+    skeleton.stamp(rows, crcs[rows])
+    return skeleton.pieces(None if early else rows)
+
+
+def _check_names(names: list[str]) -> None:
+    """Raise ValueError for names that cannot be those of records, or that NumPy confuses."""
+    every = set(names)
+    for name in names:
+        member = name + _SUFFIX
+        if (
+            "\0" in name
+            or "\\" in name
+            or any(part in ("", ".", "..") for part in member.split("/"))
+        ):
+            raise ValueError(
+                f"tensor {short(name)}: a record of a .npz file has to be called by a relative "
+                "path without NUL, backslash and empty, '.' or '..' parts"
+            )
+        if member in every:
+            raise ValueError(
+                f"tensors {short(name)} and {short(member)}: numpy.load of a .npz file takes the "
+                "one name for the other"
+            )
+    for first, second in itertools.pairwise(sorted(names)):
+        if first == second:
+            raise ValueError(f"tensor {short(first)}: the name is there twice")
