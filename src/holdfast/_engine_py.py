@@ -75,7 +75,8 @@ def _out(block: Array, unit: int) -> memoryview:
     """What a file holds of a block; the memory itself where that is the same."""
     if block.dtype == np.uint8:
         return block.data
-    return _swapped(np.frombuffer(block.tobytes(), np.uint8), unit).data
+    # Of one element it would be a view from its last byte to its first.
+    return np.ascontiguousarray(_swapped(np.frombuffer(block.tobytes(), np.uint8), unit)).data
 
 
 def _by_row(layouts: Sequence[Layout] | None) -> dict[int, Layout]:

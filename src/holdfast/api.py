@@ -57,10 +57,11 @@ def save(
     f : str, bytes, os.PathLike or binary file object
         Where to. A symbolic link is followed. A file object is written from its position on, in
         order; of the promises about replacing and durability none holds for it.
-    format : {"safetensors", "torch", "torch_legacy"}, optional
+    format : {"safetensors", "torch", "torch_legacy", "npz", "npy"}, optional
         By default that which the extension of the path means: ``.pt``, ``.pth``, ``.bin`` and
         ``.ckpt`` the archive that ``torch.load`` reads (``"torch"``), any other the container.
-        ``"torch_legacy"`` is what torch before 1.6 wrote.
+        ``"torch_legacy"`` is what torch before 1.6 wrote. ``.npz`` and ``.npy`` are NumPy's: a flat
+        dict of tensors, and a single one.
     durable : bool
         Whether to return only when the data are on the device (fsync of the file and of its
         directory). False leaves that to the system; replacing stays atomic.

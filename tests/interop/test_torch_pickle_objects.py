@@ -198,9 +198,7 @@ def test_a_module_and_its_optimizer(protocol: int) -> None:
     paths = made.found.structure.paths()
     assert list(paths)[: len(names)] == names
     assert "module.1.hidden" in made.found.names.tolist()
-    assert set(paths) - set(names) == {
-        f"again.{name}" for name in module[1].state_dict()
-    }
+    assert set(paths) - set(names) == {f"again.{name}" for name in module[1].state_dict()}
     found = made.object["module"].state_dict()  # type: ignore[index]
     for name, tensor in module.state_dict().items():
         assert torch.equal(found[name], tensor)

@@ -347,6 +347,11 @@ def test_any_mapping_of_tensors() -> None:
     assert got["c"][0] == 0, "what was one tensor is written for every name that it has"
 
 
+def test_a_single_element_of_the_other_byte_order() -> None:
+    for array in (np.array(258, ">i2"), np.array([1 + 2j], ">c16")):
+        assert load(saved({"a": array}))["a"] == array
+
+
 def test_metadata_have_no_place(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="metadata have no place in a .npz file"):
         holdfast.save(SAMPLE, tmp_path / "x.npz", metadata={"a": "b"})

@@ -14,7 +14,7 @@ import pytest
 
 from holdfast.errors import FormatError
 from holdfast.formats import torch_legacy as form
-from holdfast.layout import FOREIGN, Index
+from holdfast.layout import Index
 
 sys.path.append(str(Path(__file__).parents[1]))
 
