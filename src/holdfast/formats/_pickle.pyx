@@ -13,6 +13,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Realloc
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.string cimport memcpy
 
 from ._inert cimport Global, Storage, Tensor, brief
 from ._pickle_stack cimport INTEGER, LINE, Stack
@@ -22,8 +23,16 @@ from ._pickle_stack import PassedOver, Truncated
 
 __all__ = ["Truncated", "read_plain"]
 
-cdef extern from "Python.h":
-    double PyFloat_Unpack8(const char *data, int little) except? -1.0
+
+cdef inline double big_endian(const unsigned char *data) noexcept:
+    """The float that eight bytes are; Python's own way to say it is public from 3.11 on."""
+    cdef uint64_t bits = 0
+    cdef double value
+    cdef int i
+    for i in range(8):
+        bits = bits << 8 | data[i]
+    memcpy(&value, &bits, sizeof(value))
+    return value
 
 
 cdef class Machine(Stack):
@@ -168,7 +177,7 @@ cdef class Machine(Stack):
         elif op == 0x47:  # BINFLOAT
             self.need(8)
             self.pos += 8
-            return self.push(PyFloat_Unpack8(<const char *> self.data + self.pos - 8, 0))
+            return self.push(big_endian(<const unsigned char *> self.data + self.pos - 8))
         else:
             return self.step_rare(op)
         self.need(nbytes)
