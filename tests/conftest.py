@@ -7,8 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from holdfast import _engine
+
+# How long one example takes says nothing on a machine that others use too.
+settings.register_profile("holdfast", deadline=None)
+settings.load_profile("holdfast")
 
 GOLDEN = Path(__file__).parent / "golden"
 
