@@ -86,7 +86,13 @@ CONTENDERS: tuple[Contender, ...] = (
         "holdfast, .pt", "ours", "torch", "pt", do.hold_torch("torch"), ("holdfast", "torch"), True
     ),
     Contender(
-        "holdfast, .pt, numpy", "ours", "numpy", "pt", do.hold_torch("numpy"), ("holdfast",), True
+        "holdfast, .pt, numpy",
+        "ours",
+        "numpy",
+        "pt",
+        do.hold_torch("numpy"),
+        ("holdfast", "torch"),
+        True,
     ),
     Contender(
         "safetensors.torch",

@@ -26,6 +26,7 @@ __all__ = ["ADAPTER", "NumpyAdapter", "decode_dtype", "encode_dtype"]
 
 _BUILTIN = 24  # type numbers from here on are not NumPy's own (or are its StringDType)
 _MAX_NDIM = 64
+_LONGEST = 2**31 - 1  # bytes of an element
 _MAX_DEPTH = 16  # of records in records
 
 #: What ``dtype.str`` is for the types that are stored; nothing else is ever given to np.dtype.
@@ -111,6 +112,9 @@ def _decode_dtype(value: Any, depth: int) -> np.dtype[Any]:
             return _ml_dtype(value.removeprefix("ml_dtypes."))
         if not _DTYPE.fullmatch(value):
             raise ValueError("not the name of one")
+        # Old releases of NumPy take a length modulo 2**32.
+        if value[1] in "SUV" and int(value[2:]) * (4 if value[1] == "U" else 1) > _LONGEST:
+            raise ValueError(f"elements longer than {_LONGEST} bytes")
         spec: Any = value
     elif isinstance(value, list) and len(value) == 2 and isinstance(value[1], list):
         if not all(type(extent) is int and extent >= 0 for extent in value[1]):

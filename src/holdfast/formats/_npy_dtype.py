@@ -24,6 +24,8 @@ __all__ = ["KIND", "Element", "describe", "read_dtype"]
 KIND = "numpy:dtype:"
 _ML = "ml_dtypes."
 
+#: Bytes of the longest element that NumPy has.
+_LONGEST = 2**31 - 1
 _PLAIN = re.compile(
     r"(?P<order>[<>|=]?)(?:"
     r"(?P<number>b1|[iu][1248]|f[248]|c8|c16)|(?P<wide>f12|f16|c24|c32)"
@@ -130,6 +132,9 @@ def _plain_spec(descr: str) -> tuple[str, np.dtype[Any]]:
     match = _PLAIN.fullmatch(descr)
     if match is None:
         raise ValueError(f"{descr!r} is no dtype that is known here")
+    # Old releases of NumPy take a length modulo 2**32.
+    if match["text"] and int(match["length"]) * (4 if match["text"] == "U" else 1) > _LONGEST:
+        raise ValueError(f"{descr!r}: elements longer than {_LONGEST} bytes")
     found = _made(descr)
     return found.str, found
 
