@@ -51,7 +51,7 @@ class Allowed:
         self._settle()
         if id(obj) in self._objects:
             return True
-        return type(obj) in _METHODS and any(_same(obj, other) for other in self._methods)
+        return _is_method(obj) and any(_same(obj, other) for other in self._methods)
 
     def _settle(self) -> dict[str, Any]:
         """What is registered with torch: read once, when something is first asked for."""
@@ -63,12 +63,17 @@ class Allowed:
                 if id(obj) in self._ruled or origin(obj) in BLOCKED or _module(full) in BLOCKED:
                     continue
                 self._objects[id(obj)] = obj
-                if type(obj) in _METHODS:
+                if _is_method(obj):
                     self._methods.append(obj)
         return self._registered
 
 
 _METHODS = (types.MethodType, types.BuiltinMethodType)
+
+
+def _is_method(obj: object) -> bool:
+    """Whether `obj` is a method; those of classes in C have a type of their own in Python 3.13."""
+    return issubclass(type(obj), _METHODS)
 
 
 def _same(method: Any, other: Any) -> bool:
@@ -88,7 +93,7 @@ def _module(full: str) -> str:
 def origin(obj: Any) -> str | None:
     """The module that something says it is of."""
     found = getattr(obj, "__module__", None)
-    if found is None and type(obj) in _METHODS and isinstance(obj.__self__, type):
+    if found is None and _is_method(obj) and isinstance(obj.__self__, type):
         found = getattr(obj.__self__, "__module__", None)
     return found if type(found) is str else None
 
