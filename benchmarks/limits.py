@@ -90,6 +90,16 @@ def in_chunks(nbytes: int, threads: int, work: Callable[[int, int], Any]) -> Non
         raise failures[0]
 
 
+def level(nbytes: int) -> None:
+    """Leave as much free memory that was just in use as a load needs, whoever came before.
+
+    A virtual machine gives free memory back to its host, and to get it again takes longer than to
+    fill it. Without this, a contender would be as fast as what the one before it left behind.
+    """
+    memory = fresh(nbytes)
+    in_chunks(nbytes, CPU_THREADS, lambda offset, length: memory[offset : offset + length].fill(1))
+
+
 def copy_fresh(block: Block) -> Bytes:
     """Copy into memory that has to be faulted in: what an eager load cannot avoid."""
     target = fresh(block.nbytes)

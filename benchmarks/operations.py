@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import pagecache
+from . import limits, pagecache
 from .actions import Job
 from .contenders import CONTENDERS, Contender, check, writer
 from .objects import touch
@@ -154,6 +154,8 @@ def _once(material: Material, operation: Operation, entrant: Entrant, number: in
     touched = operation.touched and material.workload.touched
     details = _prepare(operation, entrant, material)
     gc.collect()
+    if operation.state != "saved" and not operation.one:
+        limits.level(material.nbytes)
     began = time.perf_counter()
     result = act(job)
     acted = time.perf_counter()
