@@ -7,10 +7,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from holdfast.formats._pickle import Truncated
 
 from holdfast.errors import FormatError
 from holdfast.formats import _tar, _window
+from holdfast.formats._pickle import Truncated
 from holdfast.formats._window import FIRST, Window
 
 sys.path.append(str(Path(__file__).parents[1]))
