@@ -137,9 +137,7 @@ def read_tensors(
             progress=progress,
         )
         return storages.view_entries(index, found, rows)
-    batch = _batch(index, rows)
-    nbytes = batch.views["nbytes"].astype(np.int64)
-    batch.views["address"], batch.owner, batch.owners = _place(nbytes)
+    batch = blank_tensors(index, rows)
     segments = segments_of(index, rows)
     segments["address"] = batch.views["address"]
     move(source, segments, verify=verify, threads=threads, progress=progress)

@@ -107,7 +107,7 @@ def _bring(
             )
         if check:
             fetch.verify_rows(source, index, rows, threads=options.threads, progress=report)
-        buffer = source.map_shared(index.end) if options.shared else None
+        buffer = source.map(index.end, shared=True) if options.shared else None
         return fetch.map_tensors(source, index, rows, buffer)
 
 

@@ -10,39 +10,24 @@ import errno
 import importlib
 import io
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any, cast
 
-from . import _engine
+from . import _engine, adapters
 from .errors import FormatError
 from .formats import _zip
 from .program_loading import load_program
 from .source import FileLike, is_path, open_source, path_text
 
-__all__ = ["check_format", "kind_of", "load_program", "save_program"]
+__all__ = ["check_format", "load_program", "save_program"]
 
 #: Extensions that a file with a program may have, and the format that says the same.
 _EXTENSIONS = {
     "torchscript": ("torch", (".pt", ".pth", ".bin", ".ckpt", ".ptl", ".ts")),
     "pt2": ("pt2", (".pt2",)),
 }
-
-
-def kind_of(obj: object) -> str | None:
-    """``"torchscript"`` or ``"pt2"`` where `obj` is a program, else None; imports nothing."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return None
-    script = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
-    if isinstance(obj, script):
-        return "torchscript"
-    exported = sys.modules.get("torch.export.exported_program")
-    if exported is not None and isinstance(obj, exported.ExportedProgram):
-        return "pt2"
-    return None
 
 
 def check_format(kind: str, format: str | None, extension: str) -> None:
@@ -77,7 +62,7 @@ def save_program(
         PyTorch writes into the new file directly; only of a TorchScript module that goes to a file
         object is there one more copy in memory.
     kind : {"torchscript", "pt2"}, optional
-        What :func:`kind_of` says of `obj`.
+        What :func:`holdfast.adapters.program_kind` says of `obj`.
     durable : bool
         Whether to return only when the data are on the device.
     extra_files : mapping of str to str or bytes, optional
@@ -92,7 +77,7 @@ def save_program(
     OSError
         Of the system; the file of that name is what it was.
     """
-    kind = kind or kind_of(obj)
+    kind = kind or adapters.program_kind(obj)
     if kind is None:
         raise TypeError(f"not a program that PyTorch can save: {type(obj).__name__}")
     extra = dict(extra_files or {})

@@ -140,8 +140,7 @@ def _as_pickle(
 
 def _program(obj: Any, f: FileLike, extension: str, options: SaveOptions) -> bool:
     """Save `obj` if it is a program, as the framework that made it writes it; whether it was."""
-    kinds = (adapter.program(obj) for adapter in adapters.loaded())
-    kind = next((kind for kind in kinds if kind), None)
+    kind = adapters.program_kind(obj)
     if kind is None:
         return False
     from . import programs

@@ -156,20 +156,33 @@ class Source:
             head, self._head = self._head, b""
             yield cast(BinaryIO, _Replay(head, self.stream))
 
-    def map(self, end: int) -> Buffer:
+    def map(self, end: int, *, shared: bool = False) -> Buffer:
         """The first `end` bytes of a regular file, mapped: private and writable.
+
+        With `shared`, what is written to them is in the file.
 
         Raises
         ------
         FormatError
             The file has become shorter than that. To touch a map beyond it would be a SIGBUS.
+        OSError
+            With `shared`, the file cannot be written to.
         """
         size = os.fstat(self.fd).st_size
         if size < end:
             raise FormatError(
                 f"{self.name}: needs {end} bytes, found {size}: the file was cut meanwhile"
             )
-        return _engine.map_file(self.fd, 0, end, self.name)
+        if not shared:
+            return _engine.map_file(self.fd, 0, end, self.name)
+        try:
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from None
+        try:
+            return _engine.map_file(fd, 0, end, self.name, shared=True)
+        finally:
+            os.close(fd)
 
     def peek(self, nbytes: int) -> bytes:
         """At most the first `nbytes` bytes; fewer only where the file ends before."""
@@ -218,23 +231,6 @@ class Source:
             self.stream.close()
         self.size = taken.tell()
         self.stream, self._origin, self._head, self._owned = taken, 0, b"", False
-
-    def map_shared(self, nbytes: int) -> Buffer:
-        """The first bytes of the file, mapped so that what is written to them is in the file.
-
-        Raises
-        ------
-        OSError
-            The file cannot be written to.
-        """
-        try:
-            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self.name) from None
-        try:
-            return _engine.map_file(fd, 0, nbytes, self.name, shared=True)
-        finally:
-            os.close(fd)
 
     def leave(self, end: int) -> None:
         """Put a caller's file object behind the checkpoint, which ends at `end`, if it can seek."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -173,18 +174,16 @@ def read_storages(
     """
     assert index.storages is not None
     rows = index.storages[which]
-    storages = _empty(index)
-    address, owner, owners = place(rows["nbytes"].astype(np.int64))
-    storages.address[which], storages.owner[which], storages.owners = address, owner, owners
+    storages = blank(index, which, place)
     segments = segments_of(index, which)
     packed = rows["packed"] > 0
-    segments["address"][~packed] = address[~packed]
+    segments["address"][~packed] = storages.address[which[~packed]]
     if not packed.all():
         part = segments[~packed]
         move(source, part, verify=verify, threads=threads, progress=progress)
         segments["crc"][~packed] = part["crc"]
     for i in np.flatnonzero(packed).tolist():
-        target = _bytes_at(owners[owner[i]], int(address[i]), int(rows["nbytes"][i]))
+        target = _bytes_of(storages, int(which[i]))
         _inflate(source, index, int(which[i]), target)
         segments["crc"][i] = _engine.crc32(target) if verify else 0
     if verify:
@@ -193,7 +192,7 @@ def read_storages(
     for i in np.flatnonzero(((rows["flags"] & FOREIGN) != 0) & (units > 1)).tolist():
         if rows["dtype"][i] == _UNTYPED:
             _check_units(source.name, index, int(which[i]))
-        target = _bytes_at(owners[owner[i]], int(address[i]), int(rows["nbytes"][i]))
+        target = _bytes_of(storages, int(which[i]))
         target.view(f"u{units[i]}").byteswap(inplace=True)
     return storages
 
@@ -307,10 +306,12 @@ def _empty(index: Index) -> Storages:
     )
 
 
-def _bytes_at(buffer: Buffer, address: int, nbytes: int) -> np.ndarray:
-    """Memory of a buffer as an array of bytes."""
-    start = address - buffer.address
-    return np.frombuffer(buffer, np.uint8)[start : start + nbytes]  # type: ignore[call-overload, no-any-return]
+def _bytes_of(storages: Storages, row: int) -> np.ndarray:
+    """The memory of one storage as an array of bytes."""
+    buffer: Any = storages.owners[int(storages.owner[row])]
+    start = int(storages.address[row]) - buffer.address
+    found: np.ndarray = np.frombuffer(buffer, np.uint8)
+    return found[start : start + int(storages.nbytes[row])]
 
 
 def _inflate(source: Source, index: Index, row: int, target: np.ndarray) -> None:

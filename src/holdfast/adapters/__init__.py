@@ -16,7 +16,16 @@ from typing import Any, cast
 from ..tree import Codec
 from .base import Adapter, Storages
 
-__all__ = ["Adapter", "Storages", "available", "by_name", "choose", "codecs", "loaded"]
+__all__ = [
+    "Adapter",
+    "Storages",
+    "available",
+    "by_name",
+    "choose",
+    "codecs",
+    "loaded",
+    "program_kind",
+]
 
 #: Name of the adapter -> the package that has to be imported, and what to type to get it.
 #: In the order in which they are tried where nothing else decides.
@@ -66,6 +75,12 @@ def by_name(name: str) -> Adapter:
 def loaded() -> list[Adapter]:
     """Adapters of the frameworks that this process has imported: only their tensors can occur."""
     return [_adapter(name) for name, (package, _) in _TABLE.items() if _imported(package)]
+
+
+def program_kind(obj: object) -> str | None:
+    """What kind of program `obj` is, of whichever framework in use; None for all else."""
+    kinds = (adapter.program(obj) for adapter in loaded())
+    return next((kind for kind in kinds if kind), None)
 
 
 def choose(asked: str | None, saved: str | None) -> Adapter:

@@ -11,7 +11,7 @@ from collections.abc import MutableMapping
 from contextlib import closing
 from typing import IO, Any, cast
 
-from .. import programs
+from .. import adapters, programs
 from ..errors import FormatError
 from ..source import FileLike, open_source
 from . import _errors, _patch
@@ -103,7 +103,7 @@ def save(
     Unlike ``torch.export.save``, a file of that name is what it was until the new one is complete,
     and after any error. Like it, this does not wait for the device; :func:`holdfast.save` does.
     """
-    if programs.kind_of(ep) != "pt2":
+    if adapters.program_kind(ep) != "pt2":
         raise TypeError(
             "The 'ep' parameter must be an instance of 'ExportedProgram', got "
             f"'{type(ep).__name__}' instead."

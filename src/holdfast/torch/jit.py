@@ -13,7 +13,7 @@ from collections.abc import MutableMapping
 from contextlib import closing
 from typing import IO, Any, cast
 
-from .. import programs
+from .. import adapters, programs
 from ..errors import FormatError
 from ..formats import _zip, torchscript
 from ..source import FileLike, Source, open_source
@@ -111,7 +111,7 @@ def save(
     Unlike ``torch.jit.save``, a file of that name is what it was until the new one is complete, and
     after any error. Like it, this does not wait for the device; :func:`holdfast.save` does.
     """
-    if programs.kind_of(m) != "torchscript":
+    if adapters.program_kind(m) != "torchscript":
         raise TypeError(f"m must be a ScriptModule or a ScriptFunction, not {type(m).__name__}")
     try:
         programs.save_program(
