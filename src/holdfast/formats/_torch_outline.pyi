@@ -1,10 +1,14 @@
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 # Row and code of a storage, and of a view also its first element and their number.
 Given = tuple[int, int] | tuple[int, int, tuple[int, int]]
+
+class Giving(Protocol):
+    def __contains__(self, pid: int, /) -> bool: ...
+    def __getitem__(self, pid: int, /) -> Given: ...
 
 class Outline:
     keys: list[str]
@@ -21,7 +25,7 @@ class Outline:
         base: int,
         legacy: bool = False,
         tensors: Mapping[int, int] | None = None,
-        storages: Mapping[int, Given] | None = None,
+        storages: Giving | Mapping[int, Given] | None = None,
         quick: bool = True,
     ) -> None: ...
     def outline(self) -> Any: ...

@@ -220,6 +220,7 @@ cdef class Outline(Table):
         return self.on_storage(parts)
 
     cdef object on_given(self, object pid):
+        cdef Storage storage
         if self.given_tensors is not None and pid in self.given_tensors:
             self.event(GIVEN)
             if pid in self.given:
@@ -230,7 +231,9 @@ cdef class Outline(Table):
         if self.given_storages is not None and pid in self.given_storages:
             given = self.given_storages[pid]
             storage = Storage(*given)
-            self.mention(storage, self.event(GIVE), len(given) == 3)
+            storage.pushed = 1
+            storage.event = self.event(GIVE)
+            self.mention(storage, storage.event, len(given) == 3)
             return storage
         raise self.fault(f"a persistent id {brief(pid)} that names nothing")
 
