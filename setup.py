@@ -19,9 +19,11 @@ from setuptools import Extension, setup
 CSRC = Path("csrc")
 HEADERS = sorted(str(path) for path in CSRC.glob("*.h"))
 ENGINE = ["sys", "threads", "crc", "crc_x86", "strided", "memory", "segments", "write", "read"]
-ENGINE += ["checksum", "uncached", "draft", "publish"]
+ENGINE += ["checksum", "uncached", "place", "draft", "publish"]
+ENGINE += ["beneath", "files", "tree", "folder"]
 HEADER = ["json", "header_names", "header_check", "header_scan", "header_compact", "header_emit"]
 HEADER += ["crc", "crc_x86"]
+GGUF = ["gguf_scan", "dequantize", "threads", "memory", "sys"]
 ZIP = ["zip_scan", "zip_local", "zip_emit", "header_names", "crc", "crc_x86"]
 
 define = [("_GNU_SOURCE", "1"), ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
@@ -45,7 +47,8 @@ def extension(name: str, sources: list[str], include: tuple[str, ...] = ()) -> E
     """One extension module: its .pyx and the C files that it is linked with."""
     pyx = Path("src") / (name.replace(".", "/") + ".pyx")
     csrc = [str(CSRC / f"{source}.c") for source in sources]
-    depends = HEADERS + [str(path) for path in pyx.parent.glob("*.pxd")] + [str(pyx)]
+    shared = [str(path) for kind in ("*.pxd", "*.pxi") for path in sorted(pyx.parent.glob(kind))]
+    depends = [*HEADERS, *shared, str(pyx)]
     return Extension(
         name,
         [str(pyx), *csrc],
@@ -64,12 +67,14 @@ extensions = [
     extension("holdfast.formats._zip", ZIP),
     extension("holdfast.formats._crc", ["crc", "crc_x86"]),
     extension("holdfast.formats._inert", []),
+    extension("holdfast.formats._gguf", GGUF),
     extension("holdfast.formats._pickle_stack", []),
     extension("holdfast.formats._pickle", []),
     extension("holdfast.formats._torch_table", []),
     extension("holdfast.formats._torch_usual", []),
     extension("holdfast.formats._torch_outline", []),
     extension("holdfast.formats._torch_replay", []),
+    extension("holdfast.formats._oneflow_pickle_scan", []),
     extension("holdfast.formats._pickle_emit", []),
     extension("holdfast.adapters._numpy", [], (numpy.get_include(),)),
     extension("holdfast.adapters._dlpack", ["dlpack"]),

@@ -9,44 +9,7 @@
 
 #include "sys.h"
 
-enum { TEMPS = 32 }; /* temporary names for one target */
-
-static void temp_name(const hold_place *place, unsigned k, hold_draft *out)
-{
-    uint32_t hash = 2166136261U; /* FNV-1a */
-    for (const char *c = place->name; *c != '\0'; c++)
-        hash = (hash ^ (unsigned char)*c) * 16777619U;
-    snprintf(out->temp, sizeof out->temp, ".holdfast-%08x-%u.tmp", (unsigned)hash, k);
-}
-
-int hold_place_is(const hold_place *place, const char *name, int fd)
-{
-    struct stat file;
-    struct stat named;
-    int rc = HOLD_RETRY(hold_sys_fstat(fd, &file));
-    if (rc == 0)
-        rc = HOLD_RETRY(hold_sys_fstatat(place->dirfd, name, &named, AT_SYMLINK_NOFOLLOW));
-    if (rc < 0)
-        return rc == -ENOENT ? 0 : rc;
-    return file.st_nlink > 0 && file.st_dev == named.st_dev && file.st_ino == named.st_ino;
-}
-
-/* ---- locks -------------------------------------------------------------------------------- */
-
-/* 0 where the file system has no locks, too. EWOULDBLOCK: another has it. */
-static int lock_own(int fd)
-{
-    const int rc = HOLD_RETRY(hold_sys_flock(fd, LOCK_EX | LOCK_NB));
-    switch (rc) {
-    case -EOPNOTSUPP:
-    case -ENOLCK:
-    case -ENOSYS:
-    case -EINVAL:
-        return 0;
-    default:
-        return rc;
-    }
-}
+/* ---- the temporaries of others ----------------------------------------------------------- */
 
 static void remove_if_dead(const hold_place *place, const char *name)
 {
@@ -64,13 +27,13 @@ static void remove_if_dead(const hold_place *place, const char *name)
 
 void hold_draft_sweep(const hold_place *place)
 {
-    hold_draft draft;
+    char temp[HOLD_TEMP_SIZE];
     struct stat st;
-    for (unsigned k = 0; k < TEMPS; k++) {
-        temp_name(place, k, &draft);
-        if (HOLD_RETRY(hold_sys_fstatat(place->dirfd, draft.temp, &st, AT_SYMLINK_NOFOLLOW)) == 0 &&
+    for (unsigned k = 0; k < HOLD_TEMPS; k++) {
+        hold_place_temp(place, k, temp);
+        if (HOLD_RETRY(hold_sys_fstatat(place->dirfd, temp, &st, AT_SYMLINK_NOFOLLOW)) == 0 &&
             S_ISREG(st.st_mode))
-            remove_if_dead(place, draft.temp);
+            remove_if_dead(place, temp);
     }
 }
 
@@ -82,32 +45,23 @@ static int create_unnamed(const hold_place *place, mode_t mode, hold_draft *out)
     out->fd = HOLD_RETRY(hold_sys_openat(place->dirfd, ".", O_TMPFILE | O_RDWR, mode));
     if (out->fd < 0)
         return out->fd;
-    const int rc = lock_own(out->fd);
+    const int rc = hold_lock_own(out->fd);
     if (rc < 0)
         hold_draft_discard(out, place);
     return rc;
 }
 
-/* Lock a file that was just created under out->temp: 1 if it is ours, 0 if another removed it. */
-static int claim(const hold_place *place, hold_draft *out)
-{
-    const int rc = lock_own(out->fd);
-    if (rc == -EWOULDBLOCK)
-        return 0;
-    return rc < 0 ? rc : hold_place_is(place, out->temp, out->fd);
-}
-
 static int create_named(const hold_place *place, mode_t mode, hold_draft *out)
 {
-    for (unsigned k = 0; k < TEMPS; k++) {
-        temp_name(place, k, out);
+    for (unsigned k = 0; k < HOLD_TEMPS; k++) {
+        hold_place_temp(place, k, out->temp);
         out->fd = HOLD_RETRY(hold_sys_openat(place->dirfd, out->temp,
                                              O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, mode));
         if (out->fd == -EEXIST)
             continue;
         if (out->fd < 0)
             return out->fd;
-        const int rc = claim(place, out);
+        const int rc = hold_lock_claim(place, out->temp, out->fd);
         if (rc == 1)
             return 0;
         if (rc == 0)
@@ -207,8 +161,8 @@ static int rename_named(hold_draft *self, const hold_place *place)
 /* *linked is whether it came as far as the rename. */
 static int link_and_rename(hold_draft *self, const hold_place *place, bool *linked)
 {
-    for (unsigned k = 0; k < TEMPS; k++) {
-        temp_name(place, k, self);
+    for (unsigned k = 0; k < HOLD_TEMPS; k++) {
+        hold_place_temp(place, k, self->temp);
         const int rc = link_as(self, place, self->temp);
         /* A process killed here leaves the name to the next sweep: no call may come between. */
         *linked = rc == 0;

@@ -2,14 +2,9 @@
  * draft.h - a file that does not have its final name yet.
  *
  * A draft is unnamed (O_TMPFILE), or, where the file system has no such files, has a temporary name
- * `.holdfast-<8 hex digits>-<k>.tmp` beside the target, of a length that does not depend on the
- * target's. The digits are a hash of the target's name and 0 <= k < 32. An unnamed draft has a
- * temporary name too for the moment between link and rename, as no call names a file over another.
+ * beside the target (place.h). An unnamed draft has a temporary name too for the moment between
+ * link and rename, as no call names a file over another. It is locked for as long as it lives.
  *
- * Locks       A draft is locked with flock for as long as it lives, and before it is named. So a
- *             temporary whose lock can be taken has lost its owner, and who takes the lock may
- *             remove it. Whoever creates a name first and locks it then must look whether the name
- *             is still there. File systems without flock: nobody's temporaries are removed.
  * Errors      0 or -errno.
  * Threads     Different drafts may be used by different threads and processes at once, for the
  *             same target as well.
@@ -17,22 +12,16 @@
 #ifndef HOLD_DRAFT_H
 #define HOLD_DRAFT_H
 
-#include <limits.h>
 #include <stdbool.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 
-/* A name in a directory, which need not exist. */
-typedef struct hold_place {
-    int dirfd;     /* O_RDONLY, or O_PATH where the directory may not be read */
-    bool readable; /* which of the two */
-    char name[NAME_MAX + 1];
-} hold_place;
+#include "place.h"
 
 typedef struct hold_draft {
     int fd;        /* open for reading and writing */
     pid_t owner;   /* a forked child must not remove what its parent writes */
-    char temp[40]; /* its temporary name; empty while it is unnamed */
+    char temp[HOLD_TEMP_SIZE]; /* its temporary name; empty while it is unnamed */
 } hold_draft;
 
 /*
@@ -57,9 +46,6 @@ void hold_draft_discard(hold_draft *self, const hold_place *place);
 
 /* Remove the temporaries of `place` whose owners are dead. Failures are left to the next sweep. */
 void hold_draft_sweep(const hold_place *place);
-
-/* Whether `name` in the directory of `place` is the file `fd`: 1 or 0, or -errno. */
-int hold_place_is(const hold_place *place, const char *name, int fd);
 
 /* Copy all bytes of the file `from` into the empty file `to`, sharing them where that can be. */
 int hold_file_copy(int from, int to);

@@ -236,6 +236,85 @@ int hold_publish_commit(hold_publication *self, bool durable);
 /* Forget the file: nothing is left of it. Ends the publication. */
 void hold_publish_abort(hold_publication *self);
 
+/* ---- many files ---------------------------------------------------------------------------- */
+
+/* A file inside a folder, and its place in memory. */
+typedef struct hold_file {
+    const char *path; /* plain (beneath.h): relative, without empty components, "." and ".." */
+    void *data;
+    uint64_t room; /* bytes there: read at most so many; write all of them */
+    int64_t size;  /* out, read: size of the file, or -errno where it could not be opened */
+} hold_file;
+
+/*
+ * Read files inside the folder `dirfd`, from the start of each min(size, room) bytes. Symbolic links
+ * are not followed unless `links`: -ELOOP. Regular files alone: -EISDIR, -EINVAL. One that shrinks
+ * meanwhile has the size that it was found to have. Only so many are open at a time as there are
+ * workers. HOLD_ERULE where a path is not plain; report->segment is which file a failure is about.
+ */
+int hold_files_read(int dirfd, hold_file *files, size_t n, bool links, const hold_options *options,
+                    hold_report *report);
+
+/* Files to be made: those of folder i are files[first[i]] to files[first[i + 1]], exclusive. */
+typedef struct hold_batch {
+    const char *const *folders; /* plain paths, or "" for the folder that all are in */
+    const int64_t *first;       /* n + 1 of them, ascending */
+    const hold_file *files;     /* paths are names in their folder */
+    size_t n;
+} hold_batch;
+
+/*
+ * Make folders inside the folder `dirfd` (those that are there stay) and in each its files, which
+ * must not exist (-EEXIST), of mode 0777 and 0666 & ~umask. Nothing that was made is removed on
+ * failure: report->segment is which file it is about, or -1 where it is about folder report->file.
+ */
+int hold_files_write(int dirfd, const hold_batch *batch, const hold_options *options,
+                     hold_report *report);
+
+/* A regular file inside a folder, opened for reading: a descriptor, or as in hold_files_read(). */
+int hold_file_open(int dirfd, const char *path, bool links);
+
+/* A new file, opened for reading and writing; the folders on the way to it are made. */
+int hold_file_create(int dirfd, const char *path);
+
+/* ---- publishing a folder ------------------------------------------------------------------- */
+
+/*
+ * A folder being filled that will appear under its name whole or not at all.
+ *
+ * Begun, it is an empty folder with a temporary name beside the target, locked with flock;
+ * temporaries of the same target whose owner is dead are removed, with all that is in them. Mode,
+ * and owner and group where this process may set them, are those of the folder that has the name,
+ * or else 0777 & ~umask.
+ */
+typedef struct hold_folder hold_folder;
+
+/*
+ * Begin to publish `path` (a symbolic link is followed; slashes may end it). -ENOTDIR where that is
+ * no folder, -EACCES where this process may not write to it, -EBUSY for "/", "." and "..", and,
+ * unless `replace`, -EEXIST where it is a folder with something in it. The directory that it is in
+ * is held open. On success *out is the caller's, who ends it with hold_folder_commit or _abort.
+ */
+int hold_folder_begin(const char *path, bool replace, hold_folder **out);
+
+/* The descriptor of the new folder; owned by the publication. */
+int hold_folder_fd(const hold_folder *self);
+
+/*
+ * Give the folder its name: all in it brought to the device where `durable`, then named (unless
+ * `replace`, -EEXIST if by now there is a folder with something in it), then the directory
+ * brought to the device, then what had the name removed, without following links. A folder takes
+ * another's place in one step (RENAME_EXCHANGE); where the file system cannot do that, in two,
+ * between which there is none of that name: a process that dies right there leaves the old one
+ * under a temporary name, and the next hold_folder_begin gives it its name back.
+ * On failure the old folder is what it was and nothing is left behind; what of the old one could
+ * not be removed is left to the next begin. Ends the publication either way.
+ */
+int hold_folder_commit(hold_folder *self, bool durable);
+
+/* Forget the folder: nothing is left of it. Ends the publication. */
+void hold_folder_abort(hold_folder *self);
+
 /* ---- tests -------------------------------------------------------------------------------- */
 
 /*

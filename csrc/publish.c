@@ -1,13 +1,10 @@
 /* publish.c - a file appears under its name whole, or not at all. */
 #include <assert.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "draft.h"
 #include "hold.h"
 #include "sys.h"
-
-enum { MAX_LINKS = 40 }; /* symbolic links followed one after another, as in the kernel */
 
 struct hold_publication {
     hold_place place;
@@ -17,82 +14,6 @@ struct hold_publication {
 };
 
 /* ---- finding the target ------------------------------------------------------------------- */
-
-/* Open the directory `path`, relative to that of `place`, and make it that of `place`. */
-static int enter_directory(hold_place *place, const char *path)
-{
-    const int flags = O_RDONLY | O_DIRECTORY;
-    int fd = HOLD_RETRY(hold_sys_openat(place->dirfd, path, flags, 0));
-    place->readable = fd != -EACCES;
-    if (!place->readable) /* files can be made in it all the same */
-        fd = HOLD_RETRY(hold_sys_openat(place->dirfd, path, O_PATH | O_DIRECTORY, 0));
-    if (fd < 0)
-        return fd;
-    if (place->dirfd >= 0)
-        hold_sys_close(place->dirfd);
-    place->dirfd = fd;
-    return 0;
-}
-
-/* Take `path`, which is cut apart, relative to the directory of `place`, as the new place. */
-static int enter(hold_place *place, char *path)
-{
-    size_t n = strlen(path);
-    if (n == 0)
-        return -ENOENT;
-    const bool slash = path[n - 1] == '/';
-    while (n > 0 && path[n - 1] == '/')
-        path[--n] = '\0';
-
-    char *last = strrchr(path, '/');
-    const char *name = last != NULL ? last + 1 : path;
-    const char *directory = last != NULL ? path : ".";
-    if (strlen(name) > NAME_MAX)
-        return -ENAMETOOLONG;
-    strcpy(place->name, name);
-    if (n == 0 || last == path)
-        directory = "/";
-    else if (last != NULL)
-        *last = '\0';
-
-    const int rc = enter_directory(place, directory);
-    if (rc < 0)
-        return rc;
-    const bool dots = strcmp(place->name, ".") == 0 || strcmp(place->name, "..") == 0;
-    return slash || dots ? -EISDIR : 0;
-}
-
-/* Find where `path` leads, through symbolic links; fill in place, existed and old. */
-static int find_target(hold_publication *self, const char *path)
-{
-    hold_place *place = &self->place;
-    char text[PATH_MAX];
-    if (strlen(path) >= sizeof text)
-        return -ENAMETOOLONG;
-    strcpy(text, path);
-
-    for (int links = 0; links <= MAX_LINKS; links++) {
-        int rc = enter(place, text);
-        if (rc < 0)
-            return rc;
-        rc = HOLD_RETRY(
-            hold_sys_fstatat(place->dirfd, place->name, &self->old, AT_SYMLINK_NOFOLLOW));
-        if (rc < 0)
-            return rc == -ENOENT ? 0 : rc;
-        if (!S_ISLNK(self->old.st_mode)) {
-            self->existed = true;
-            return 0;
-        }
-        const ssize_t n =
-            HOLD_RETRY(hold_sys_readlinkat(place->dirfd, place->name, text, sizeof text));
-        if (n < 0)
-            return (int)n;
-        if ((size_t)n == sizeof text)
-            return -ENAMETOOLONG;
-        text[n] = '\0';
-    }
-    return -ELOOP;
-}
 
 static int check_kind(const struct stat *st)
 {
@@ -111,8 +32,9 @@ static int find_writable_target(hold_publication *self, const char *path)
     if (rc == -EISDIR || rc == -ESPIPE)
         return rc;
 
-    rc = find_target(self, path);
-    if (rc < 0 || !self->existed)
+    rc = hold_place_find(path, false, &self->place, &self->old);
+    self->existed = rc == 1;
+    if (rc <= 0)
         return rc;
     rc = check_kind(&self->old);
     if (rc < 0)
@@ -127,8 +49,7 @@ static int find_writable_target(hold_publication *self, const char *path)
 void hold_publish_abort(hold_publication *self)
 {
     hold_draft_discard(&self->draft, &self->place);
-    if (self->place.dirfd >= 0)
-        hold_sys_close(self->place.dirfd);
+    hold_place_leave(&self->place);
     free(self);
 }
 
@@ -137,7 +58,7 @@ int hold_publish_begin(const char *path, hold_publication **out)
     hold_publication *self = calloc(1, sizeof *self);
     if (self == NULL)
         return -ENOMEM;
-    self->place.dirfd = AT_FDCWD;
+    self->place.dirfd = -1;
     self->draft.fd = -1;
 
     int rc = find_writable_target(self, path);
@@ -180,21 +101,13 @@ static int settle(const hold_publication *self, bool durable)
     return durable ? HOLD_RETRY(hold_sys_fsync(fd)) : HOLD_RETRY(collect_write_errors(fd));
 }
 
-static int sync_directory(const hold_place *place, int fd)
-{
-    const int rc = HOLD_RETRY(place->readable ? hold_sys_fsync(place->dirfd)
-                                              : hold_sys_syncfs(fd));
-    /* File systems that need it know it. */
-    return rc == -EINVAL || rc == -EOPNOTSUPP ? 0 : rc;
-}
-
 /* Make the new name last. */
 static int sync_name(const hold_publication *self, bool unnamed)
 {
     int rc = 0;
     if (unnamed) /* btrfs writes no metadata of a file without a name: only now it will */
         rc = HOLD_RETRY(hold_sys_fsync(self->draft.fd));
-    return rc < 0 ? rc : sync_directory(&self->place, self->draft.fd);
+    return rc < 0 ? rc : hold_place_sync(&self->place, self->draft.fd);
 }
 
 static int put_back(const hold_place *place, int old)
@@ -230,7 +143,7 @@ static void restore(const hold_publication *self, int old)
         (void)put_back(place, old);
     else if (old == -ENOENT)
         (void)HOLD_RETRY(hold_sys_unlinkat(place->dirfd, place->name, 0));
-    (void)sync_directory(place, self->draft.fd);
+    (void)hold_place_sync(place, self->draft.fd);
 }
 
 /* Hold on to what has the name: a descriptor, -ENOENT if nothing, -EACCES if unreadable. */

@@ -115,6 +115,18 @@ int hold_sys_openat(int dirfd, const char *path, int flags, mode_t mode)
     CALL(unnamed ? "tmpfile" : "openat", int, openat(dirfd, path, flags | O_CLOEXEC, mode));
 }
 
+static long open_by_rules(int dirfd, const char *path, int flags, mode_t mode, uint64_t resolve)
+{
+    const long number = 437; /* as with cachestat below; struct open_how as numbers */
+    uint64_t how[3] = {(uint64_t)(unsigned)flags, mode, resolve};
+    return syscall(number, dirfd, path, how, sizeof how);
+}
+
+int hold_sys_openat2(int dirfd, const char *path, int flags, mode_t mode, uint64_t resolve)
+{
+    CALL("openat2", int, (int)open_by_rules(dirfd, path, flags | O_CLOEXEC, mode, resolve));
+}
+
 int hold_sys_close(int fd)
 {
     const int verdict = gate("close");
@@ -329,9 +341,36 @@ int hold_sys_renameat(int olddirfd, const char *oldpath, int newdirfd, const cha
     CALL("renameat", int, renameat(olddirfd, oldpath, newdirfd, newpath));
 }
 
+static long exchange(int olddirfd, const char *oldpath, int newdirfd, const char *newpath)
+{
+#ifdef SYS_renameat2
+    const unsigned both = 2; /* RENAME_EXCHANGE */
+    return syscall(SYS_renameat2, olddirfd, oldpath, newdirfd, newpath, both);
+#else
+    (void)olddirfd, (void)oldpath, (void)newdirfd, (void)newpath;
+    errno = ENOSYS;
+    return -1;
+#endif
+}
+
+int hold_sys_exchange(int olddirfd, const char *oldpath, int newdirfd, const char *newpath)
+{
+    CALL("exchange", int, (int)exchange(olddirfd, oldpath, newdirfd, newpath));
+}
+
 int hold_sys_unlinkat(int dirfd, const char *path, int flags)
 {
     CALL("unlinkat", int, unlinkat(dirfd, path, flags));
+}
+
+int hold_sys_mkdirat(int dirfd, const char *path, mode_t mode)
+{
+    CALL("mkdirat", int, mkdirat(dirfd, path, mode));
+}
+
+ssize_t hold_sys_getdents(int fd, void *out, size_t nbytes)
+{
+    CALL("getdents", ssize_t, (ssize_t)syscall(SYS_getdents64, fd, out, nbytes));
 }
 
 /* ---- memory ------------------------------------------------------------------------------- */

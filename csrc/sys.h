@@ -39,8 +39,10 @@
         hold_retry_rc_;                                                                            \
     })
 
-/* Files and descriptors. O_CLOEXEC is added to the flags of hold_sys_openat. */
+/* Files and descriptors. O_CLOEXEC is added to the flags of hold_sys_openat and -openat2. */
 int hold_sys_openat(int dirfd, const char *path, int flags, mode_t mode);
+/* With RESOLVE_* rules for the way there (Linux 5.6, -ENOSYS before). mode: 0 without O_CREAT. */
+int hold_sys_openat2(int dirfd, const char *path, int flags, mode_t mode, uint64_t resolve);
 int hold_sys_close(int fd);
 int hold_sys_fcntl(int fd, int cmd, long arg);
 int hold_sys_flock(int fd, int operation);
@@ -84,7 +86,12 @@ ssize_t hold_sys_readlinkat(int dirfd, const char *path, char *out, size_t nbyte
 int hold_sys_linkat(int olddirfd, const char *oldpath, int newdirfd, const char *newpath,
                     int flags);
 int hold_sys_renameat(int olddirfd, const char *oldpath, int newdirfd, const char *newpath);
+/* Both names change places (RENAME_EXCHANGE); -EINVAL or -ENOSYS where that cannot be had. */
+int hold_sys_exchange(int olddirfd, const char *oldpath, int newdirfd, const char *newpath);
 int hold_sys_unlinkat(int dirfd, const char *path, int flags);
+int hold_sys_mkdirat(int dirfd, const char *path, mode_t mode);
+/* Entries of a folder, as rows of hold_entry (folders.h); 0 at the end. */
+ssize_t hold_sys_getdents(int fd, void *out, size_t nbytes);
 
 /* Memory. On success *out is the mapping. */
 int hold_sys_mmap(void *hint, size_t nbytes, int prot, int flags, int fd, off_t offset,

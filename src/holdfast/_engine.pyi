@@ -69,6 +69,49 @@ class Publication:
         trace: TracebackType | None,
     ) -> None: ...
 
+def read_files(
+    dirfd: int,
+    paths: Sequence[bytes],
+    address: np.ndarray[Any, Any],
+    room: np.ndarray[Any, Any],
+    *,
+    links: bool = False,
+    threads: int = 0,
+    progress: Callable[[int], object] | None = None,
+    filename: Path | None = None,
+) -> np.ndarray[Any, Any]: ...
+def write_files(
+    dirfd: int,
+    folders: Sequence[bytes],
+    files: Sequence[bytes],
+    first: np.ndarray[Any, Any],
+    address: np.ndarray[Any, Any],
+    nbytes: np.ndarray[Any, Any],
+    *,
+    threads: int = 0,
+    progress: Callable[[int], object] | None = None,
+    filename: Path | None = None,
+) -> None: ...
+def open_beneath(
+    dirfd: int, path: bytes, *, links: bool = False, filename: Path | None = None
+) -> int: ...
+def create_beneath(dirfd: int, path: bytes, *, filename: Path | None = None) -> int: ...
+
+class FolderPublication:
+    path: str | bytes
+    def __init__(self, path: Path, *, replace: bool = True) -> None: ...
+    @property
+    def fd(self) -> int: ...
+    def commit(self, durable: bool = True) -> None: ...
+    def abort(self) -> None: ...
+    def __enter__(self) -> FolderPublication: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
 def fault_arm(n: int, error: int) -> int: ...
 def fault_ban(name: str | None, error: int) -> None: ...
 def fault_hit() -> str | None: ...

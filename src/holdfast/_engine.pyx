@@ -14,9 +14,10 @@ import os
 from .errors import FormatError
 
 __all__ = [
-    "Publication", "allocate", "crc32", "crc32_combine", "crc32_variants", "fault_arm",
-    "fault_ban", "fault_hit", "filesystem", "live_buffers", "map_file", "populate_cached",
-    "prefetch", "read", "resident", "write",
+    "FolderPublication", "Publication", "allocate", "crc32", "crc32_combine", "crc32_variants",
+    "create_beneath", "fault_arm", "fault_ban", "fault_hit", "filesystem", "live_buffers",
+    "map_file", "open_beneath", "populate_cached", "prefetch", "read", "read_files", "resident",
+    "write", "write_files",
 ]
 
 
@@ -459,6 +460,9 @@ cdef class Publication:
 
     def __exit__(self, kind, error, trace):
         self.abort()
+
+
+include "_engine_files.pxi"
 
 
 # ---- tests -------------------------------------------------------------------------------------

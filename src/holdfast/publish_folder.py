@@ -1,0 +1,307 @@
+"""A folder of tensors, one file for each: filled under a temporary name, published whole."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from . import _engine
+from .layout import SEGMENT, FolderPlan
+from .progress import ProgressArgument, reporting
+from .publish import LARGE, RELEASE
+from .source import path_text
+from .views import DENSE, SWAPPED, TensorBatch
+
+__all__ = ["write_folder"]
+
+#: Up to this size a dense tensor is written in one go with many others, each by one thread.
+SMALL = 1 << 20
+
+#: Files written at once: past the page cache each waits for the device; through it memory is what
+#: limits, and more would be in each other's way. As in csrc/write.c for parts of one file.
+DIRECT_WORKERS = 6
+BUFFERED_WORKERS = 2
+#: Bytes after which it is judged which way is faster: the first time, and from then on.
+PROBE, BATCH = 64 << 20, 256 << 20
+
+Report = Callable[[int], object] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Small files, sorted by folder: what ``write_files`` takes."""
+
+    folders: list[bytes]
+    names: list[bytes]
+    first: np.ndarray
+    address: np.ndarray
+    nbytes: np.ndarray
+    owner: bytes  # in which the texts among them are
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Bytes over several transfers, each of which counts its own from 0."""
+
+    report: Report
+    before: int = 0
+
+    def part(self) -> Report:
+        """What to hand to the next transfer."""
+        report, before = self.report, self.before
+        return None if report is None else lambda done: report(before + done)
+
+
+def write_folder(
+    path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+    plan: FolderPlan,
+    batch: TensorBatch,
+    *,
+    durable: bool,
+    threads: int = 0,
+    progress: ProgressArgument = None,
+    replace: bool = True,
+    release: np.ndarray | None = None,
+) -> None:
+    """Write each tensor of `batch` to a file of its own, and the plan's texts beside them.
+
+    Nothing can be seen under `path` until all is written; then it is a folder of exactly those
+    files, whatever was there before.
+
+    Parameters
+    ----------
+    path : path
+        Of the folder; the one that it is in exists.
+    plan : FolderPlan
+    batch : TensorBatch
+    durable : bool
+        Whether everything is on the device before the folder gets its name, and that before this
+        returns.
+    threads : int
+        0: the engine chooses.
+    progress : callable or True, optional
+    replace : bool
+        Whether a folder of that name with something in it may be replaced.
+    release : ndarray of bool, optional
+        Rows of the batch that are memory of unchanged maps, of which what has been written is let
+        go. Small ones are not.
+
+    Raises
+    ------
+    FileExistsError
+        There is such a folder, and not `replace`. Or two of the plan's paths are the same file.
+    NotADirectoryError
+        There is something else under that name.
+    """
+    name = path_text(path)
+    nbytes = batch.views["nbytes"]
+    dense = (batch.views["flags"] & (DENSE | SWAPPED)) == DENSE
+    small = (dense & (nbytes <= SMALL)) | (nbytes == 0)
+    texts = {key: text for key, text in plan.texts.items() if key != plan.last}
+    total = int(nbytes.sum()) + sum(map(len, plan.texts.values()))
+    with (
+        reporting(progress, total) as report,
+        _engine.FolderPublication(path, replace=replace) as publication,
+    ):
+        so_far = _Progress(report)
+        few = _gathered(plan, batch, np.flatnonzero(small), texts)
+        _write_small(publication.fd, few, threads, so_far, name)
+        writer = _Writer(publication.fd, name, plan, batch, threads, so_far, release)
+        writer.write_all(np.flatnonzero(~small), durable)
+        if plan.last is not None:
+            last = _gathered(plan, batch, np.arange(0), {plan.last: plan.texts[plan.last]})
+            _write_small(publication.fd, last, threads, so_far, name)
+        publication.commit(durable)
+
+
+def _gathered(
+    plan: FolderPlan, batch: TensorBatch, rows: np.ndarray, texts: dict[str, bytes]
+) -> _Files:
+    """The tensors in `rows`, and `texts`, by the folders that they are in."""
+    paths = _encoded([*(plan.paths[i] for i in rows.tolist()), *texts])
+    own = np.array([len(text) for text in texts.values()], np.uint64)
+    owner = b"".join(texts.values())
+    base = np.frombuffer(owner or b"\0", np.uint8).ctypes.data
+    starts = np.cumsum(own, dtype=np.uint64) - own + np.uint64(base)
+    address = np.concatenate([batch.views["address"][rows], starts])
+    nbytes = np.concatenate([batch.views["nbytes"][rows], own])
+    parts = [path.rpartition(b"/") for path in paths]
+    for path, (head, slash, _) in zip(paths, parts, strict=True):
+        if slash and not head:
+            raise ValueError(f"{os.fsdecode(path)!r} is not a path inside a folder: it is absolute")
+    numbers: dict[bytes, int] = {}
+    folder = np.array([numbers.setdefault(part[0], len(numbers)) for part in parts], np.int64)
+    order = np.argsort(folder, kind="stable")
+    return _Files(
+        list(numbers),
+        [parts[i][2] for i in order.tolist()],
+        np.searchsorted(folder[order], np.arange(len(numbers) + 1)),
+        address[order],
+        nbytes[order],
+        owner,
+    )
+
+
+def _encoded(paths: list[str]) -> list[bytes]:
+    """Paths as the system has them, all in one go."""
+    if not paths:
+        return []
+    encoded = os.fsencode("\0".join(paths)).split(b"\0")
+    if len(encoded) != len(paths):
+        raise ValueError(f"embedded null byte in path {next(p for p in paths if chr(0) in p)!r}")
+    return encoded
+
+
+def _write_small(fd: int, files: _Files, threads: int, so_far: _Progress, name: str) -> None:
+    _engine.write_files(
+        fd,
+        files.folders,
+        files.names,
+        files.first,
+        files.address,
+        files.nbytes,
+        threads=threads,
+        progress=so_far.part(),
+        filename=name,
+    )
+    so_far.before += int(files.nbytes.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """Writes tensors that are large, or not dense, each to a file of its own."""
+
+    fd: int
+    name: str
+    plan: FolderPlan
+    batch: TensorBatch
+    threads: int
+    so_far: _Progress
+    release: np.ndarray | None
+
+    def write_all(self, rows: np.ndarray, durable: bool) -> None:
+        """Write these rows of the batch, the largest first."""
+        nbytes = self.batch.views["nbytes"][rows].astype(np.int64)
+        order = np.argsort(-nbytes, kind="stable")
+        rows, nbytes = rows[order], nbytes[order]
+        total = int(nbytes.sum())
+        workers = self.threads or DIRECT_WORKERS
+        # One that would keep a single worker busy when the others are through is all of theirs.
+        alone = int(np.count_nonzero(nbytes > total // workers)) if workers > 1 else 0
+        # As for a single file (publish.py): past the page cache where that is likely to pay.
+        direct = True if durable else None if total >= LARGE else False
+        for row in rows[:alone].tolist():
+            self.write_one(row, self.threads, direct, self.so_far.part())
+            self.so_far.before += int(self.batch.views["nbytes"][row])
+        rest = rows[alone:].tolist()
+        if direct is None:
+            self.write_faster(rest)
+        else:
+            self.write_side_by_side(rest, direct)
+
+    def write_faster(self, rows: list[int]) -> None:
+        """Write rows in whichever way is faster, through the page cache or past it.
+
+        That changes from minute to minute, so both are tried, and the slower one is left.
+        """
+        rates = {False: 0.0, True: 0.0}
+        direct, at = False, 0
+        while at < len(rows):
+            most, moved, stop = BATCH if all(rates.values()) else PROBE, 0, at
+            while stop < len(rows) and moved < most:
+                moved += int(self.batch.views["nbytes"][rows[stop]])
+                stop += 1
+            begun = time.perf_counter()
+            self.write_side_by_side(rows[at:stop], direct)
+            rates[direct] = moved / (time.perf_counter() - begun + 1e-9)
+            direct = not rates[True] or rates[True] > rates[False]
+            at = stop
+
+    def write_side_by_side(self, rows: list[int], direct: bool) -> None:
+        """Write rows from several threads at once, each file by one of them."""
+        workers = self.threads or (DIRECT_WORKERS if direct else BUFFERED_WORKERS)
+        workers = min(workers, len(rows))
+        waiting = rows[::-1]
+        moved = [0] * max(1, workers)
+        failures: list[BaseException] = []
+
+        def work(rank: int) -> None:
+            report = self.so_far.part() if rank == 0 else None
+            try:
+                while waiting and not failures:
+                    with suppress(IndexError):  # another took the last one
+                        row, before = waiting.pop(), moved[rank]
+                        self.write_one(row, 1, direct, partial(count, rank, before, report))
+                        moved[rank] = before + int(self.batch.views["nbytes"][row])
+            except BaseException as error:
+                failures.append(error)
+
+        def count(rank: int, before: int, report: Report, done: int) -> None:
+            moved[rank] = before + done
+            if failures:
+                raise failures[0]
+            if report is not None:
+                report(sum(moved))
+
+        crew = [threading.Thread(target=work, args=(rank,)) for rank in range(1, workers)]
+        started = []
+        try:
+            for thread in crew:
+                thread.start()
+                started.append(thread)
+        except RuntimeError:
+            pass  # there can be no more of them: fewer do the work
+        work(0)
+        for thread in started:
+            while thread.is_alive():
+                try:
+                    thread.join()
+                except BaseException as error:  # which stops the others, too
+                    failures.append(error)
+        if failures:
+            raise failures[0]
+        self.so_far.before += sum(moved)
+
+    def write_one(self, row: int, threads: int, direct: bool | None, progress: Report) -> None:
+        """Write one file."""
+        path = self.plan.paths[row]
+        segment = np.zeros(1, SEGMENT)
+        segment["nbytes"] = self.batch.views["nbytes"][row]
+        segment["address"] = self.batch.views["address"][row]
+        segment["file"] = RELEASE if self.release is not None and self.release[row] else 0
+        layout = self.batch[row].layout()
+        with _created(self.fd, path, self.name) as fd:
+            _engine.write(
+                fd,
+                segment,
+                layouts=[(0, *layout)] if layout is not None else None,
+                threads=threads,
+                checksum=False,
+                direct=direct,
+                progress=progress,
+                filename=os.path.join(self.name, path),
+            )
+
+
+@contextmanager
+def _created(dirfd: int, path: str, name: str) -> Iterator[int]:
+    """A new file in a folder, closed at the end."""
+    fd = _engine.create_beneath(dirfd, os.fsencode(path), filename=name)
+    try:
+        yield fd
+    except BaseException:
+        with suppress(OSError):
+            os.close(fd)
+        raise
+    try:
+        os.close(fd)  # network file systems may say only now what could not be written
+    except OSError as error:
+        error.filename = os.path.join(name, path)
+        raise
