@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -18,7 +20,7 @@ from .formats._pickle_emit import Emitter
 from .formats._pickle_reduce import MixedError
 from .views import VIEW, TensorBatch
 
-__all__ = ["Pickle", "pickle_around", "pickle_object"]
+__all__ = ["Pickle", "pickle_around", "pickle_object", "telling"]
 
 #: Errors that get the path of what could not be pickled. Matched exactly: the constructors of
 #: others may want other arguments.
@@ -103,13 +105,14 @@ def pickle_object(
         raise ValueError(f"framework={framework!r}: expected 'torch' or None")
     known = adapters.loaded() if framework is None else [adapters.by_name(framework)]
     names = {adapter.name for adapter in known}
+    first = next((name for name in ("torch", "oneflow") if name in names), None)
     if pickle_module not in (None, pickle) or protocol != 2:
         module = pickle if pickle_module is None else pickle_module
         return _with_module(obj, module, protocol, "torch" in names, legacy)
     try:
-        return _emit(obj, "torch" in names, "numpy" in names, legacy)
+        return _emit(obj, first, "numpy" in names, legacy)
     except MixedError:
-        return _emit(obj, True, False, legacy)
+        return _emit(obj, first, False, legacy)
 
 
 def pickle_around(
@@ -126,9 +129,9 @@ def pickle_around(
     return _joined(_dump(emitter, obj), storages)
 
 
-def _emit(obj: Any, torch: bool, numpy: bool, legacy: bool) -> Pickle:
+def _emit(obj: Any, framework: str | None, numpy: bool, legacy: bool) -> Pickle:
     """Pickle with the emitter, looking for these tensors."""
-    first, types = _storages("torch" if torch else None, legacy)
+    first, types = _storages(framework, legacy)
     second, _ = _storages("numpy" if numpy else None, legacy)
     emitter = Emitter(first, types, second, _ARRAYS if numpy else frozenset(), legacy)
     # Of the thousands of objects that are made for many tensors, none is garbage yet: collections
@@ -144,12 +147,27 @@ def _emit(obj: Any, torch: bool, numpy: bool, legacy: bool) -> Pickle:
 
 def _dump(emitter: Emitter, obj: Any) -> bytes:
     """The pickle; errors get the path of what could not be pickled."""
-    try:
+    with telling(emitter.steps):
         return emitter.dump(obj)
+
+
+@contextmanager
+def telling(steps: list[Any], first: int = 0) -> Iterator[None]:
+    """Give errors of an emitter the path of what could not be pickled.
+
+    Parameters
+    ----------
+    steps : list
+        The emitter's own.
+    first : int
+        How many of them surround the object that is the user's.
+    """
+    try:
+        yield
     except _TOLD as error:
         if type(error) not in _TOLD:
             raise
-        raise type(error)(f"{_path(emitter.steps)}: {error}") from error
+        raise type(error)(f"{_path(steps[first:])}: {error}") from error
 
 
 def _storages(framework: str | None, legacy: bool) -> tuple[Storages | None, frozenset[type]]:

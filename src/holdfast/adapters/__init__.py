@@ -31,6 +31,7 @@ __all__ = [
 #: In the order in which they are tried where nothing else decides.
 _TABLE = {
     "torch": ("torch", "pip install torch"),
+    "oneflow": ("oneflow", "pip install oneflow"),
     "numpy": ("numpy", "pip install numpy"),
 }
 
@@ -45,7 +46,11 @@ def available(name: str) -> bool:
     if name not in _TABLE:
         return False
     package = _TABLE[name][0]
-    return _imported(package) or importlib.util.find_spec(package) is not None
+    if _imported(package):
+        return True
+    spec = importlib.util.find_spec(package)
+    # A folder that is called so, a checkpoint say, is found too: as a package without a file.
+    return spec is not None and spec.origin is not None
 
 
 def _imported(package: str) -> bool:
@@ -86,13 +91,13 @@ def program_kind(obj: object) -> str | None:
 def choose(asked: str | None, saved: str | None) -> Adapter:
     """The adapter that a load returns tensors of.
 
-    What was `asked` for; else the one that `saved` the file, and NumPy where that is not
-    installed; else, where the file does not say, the first of the table already imported.
+    What was `asked` for; else the one that `saved` the file; where that is not installed, or the
+    file does not say, the first of the table already imported, of which NumPy is the last.
     """
     if asked is not None:
         return by_name(asked)
-    if saved is not None:
-        return by_name(saved if available(saved) else "numpy")
+    if saved is not None and available(saved):
+        return by_name(saved)
     return loaded()[0]
 
 
@@ -104,7 +109,12 @@ _STAND_INS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "torch.device": str,
         "torch.layout": lambda value: f"torch.{value}",
         "torch.memory_format": lambda value: f"torch.{value}",
-    }
+    },
+    "oneflow": {
+        "oneflow.Size": lambda value: tuple(value),
+        "oneflow.dtype": lambda value: f"oneflow.{value}",
+        "oneflow.device": str,
+    },
 }
 
 

@@ -40,13 +40,14 @@ def batches(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
-def reduce_object(obj: Any) -> bytes | Reduction:
-    """How protocol 2 says `obj`, which is neither atom, dict, list nor tuple.
+def reduce_object(obj: Any, protocol: int = 2) -> bytes | Reduction:
+    """How protocol 2, or 4, says `obj`, which is neither atom, dict, list nor tuple.
 
     Returns
     -------
     bytes
         For a global: module and name as the opcode ``GLOBAL`` has them, each with a newline behind.
+        Those of protocol 2 are what Python 2 called them.
     tuple
         For what a call makes, see ``Reduction``.
 
@@ -61,16 +62,16 @@ def reduce_object(obj: Any) -> bytes | Reduction:
     if kind is bytearray:
         return _call(kind, (bytes(obj),) if obj else ())
     if kind is type or kind is FunctionType:
-        return _name(obj, None)
+        return _name(obj, None, protocol)
     reducer = copyreg.dispatch_table.get(kind)
     if reducer is not None:
         found = reducer(obj)
     elif issubclass(kind, type):
-        return _name(obj, None)
+        return _name(obj, None, protocol)
     else:
-        found = obj.__reduce_ex__(2)
+        found = obj.__reduce_ex__(protocol)
     if isinstance(found, str):
-        return _name(obj, found)
+        return _name(obj, found, protocol)
     return _check(obj, found)
 
 
@@ -104,7 +105,7 @@ def _check(obj: Any, found: Any) -> Reduction:
     return new, func, args, state, items, pairs, setter
 
 
-def _name(obj: Any, name: str | None) -> bytes | Reduction:
+def _name(obj: Any, name: str | None, protocol: int) -> bytes | Reduction:
     """A global: `name`, or that which `obj` has itself."""
     for single in _SINGLETONS:
         if obj is type(single):
@@ -120,6 +121,8 @@ def _name(obj: Any, name: str | None) -> bytes | Reduction:
         raise PicklingError(
             f"Can't pickle {obj!r}: it's not the same object as {module_name}.{name}"
         )
+    if protocol >= 4:
+        return f"{module_name}\n{name}\n".encode("utf-8", "surrogatepass")
     if len(parts) > 1:  # a class in a class, which protocol 2 has no name for
         return _call(getattr, (parent, parts[-1]))
     if (module_name, name) in REVERSE_NAME_MAPPING:

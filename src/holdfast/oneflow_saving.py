@@ -1,0 +1,277 @@
+"""What is saved for OneFlow: an object as one of OneFlow's layouts."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from . import adapters
+from .adapters import Adapter
+from .collect import Collection, collect
+from .formats import _oneflow_write
+from .formats._oneflow_emit import CONSTANTS, INLINE_CONSTANTS, Emitted, Emitter
+from .formats._pickle_reduce import MixedError
+from .layout import FolderPlan, Plan
+from .pickling import telling
+from .publish import check_target, write_out
+from .publish_folder import write_folder
+from .source import FileLike, is_path
+from .views import VIEW, TensorBatch
+
+if TYPE_CHECKING:
+    from .saving import SaveOptions
+
+__all__ = [
+    "LAYOUTS",
+    "PlannedFile",
+    "PlannedFolder",
+    "plan_oneflow",
+    "replaceable",
+    "save_oneflow",
+]
+
+#: What ``layout=`` can be.
+LAYOUTS = ("snapshot", "pickle", "file")
+
+#: Of OneFlow's own load, which the format's writer has as well.
+_PROTOCOL = 1
+
+#: Files of a checkpoint: in the folder itself, and in those of its tensors.
+_PART = frozenset({"meta", "out"})
+_OWN = _PART | {"snapshot_done", "pickled_data", "model.mlir", "one_embedding_options.json"}
+
+#: Subclasses of arrays that are written as the arrays that they are.
+_ARRAYS: frozenset[type] = frozenset({np.ndarray, np.memmap, np.matrix})
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFolder:
+    """A folder, and the tensors that go into it."""
+
+    plan: FolderPlan
+    batch: TensorBatch
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """A file, and the tensors that go into it; ``formats._oneflow_write`` seals it."""
+
+    plan: Plan
+    batch: TensorBatch
+
+
+def plan_oneflow(
+    obj: Any,
+    layout: str = "snapshot",
+    localize: Callable[[Any], Any] | None = None,
+    known: Sequence[Adapter] | None = None,
+) -> PlannedFolder | PlannedFile:
+    """How an object is saved in one of OneFlow's layouts.
+
+    Parameters
+    ----------
+    obj : object
+        Tensors are those of every framework in use; arrays of NumPy count where there are no
+        others, and stay arrays beside them.
+    layout : {"snapshot", "pickle", "file"}
+        ``"snapshot"`` is the folder of OneFlow's tutorials, which holds a flat dict of tensors and
+        nothing else; for any other object it means ``"pickle"``, the folder that
+        ``oneflow.save`` makes since version 0.6. ``"file"`` is what it makes since 2023.
+    localize : callable, optional
+        What is saved for a tensor: itself, or what another one gathered.
+    known : sequence of Adapter, optional
+        Whose tensors to look for; by default those of every framework in use.
+
+    Raises
+    ------
+    TypeError
+        A tensor of a type that OneFlow cannot load, or that cannot be held at all.
+    ValueError
+        A name that cannot be that of a folder; an unknown layout.
+    pickle.PicklingError, AttributeError, RecursionError
+        Something cannot be pickled; the message has its path.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: expected one of {', '.join(map(repr, LAYOUTS))}")
+    known = adapters.loaded() if known is None else known
+    if layout == "snapshot" and _is_flat(obj, known):
+        return _snapshot(obj, localize, known)
+    inline = layout == "file"
+    content = {"protocol_version": _PROTOCOL, "__oneflow__": None, "data": obj}
+    emitted = _emit(content, INLINE_CONSTANTS if inline else CONSTANTS, known)
+    # Their paths begin in `content`.
+    names = [name.partition(".")[2] or "tensor" for name in emitted.names]
+    found = _collect(names, emitted.tensors, localize, known)
+    if inline:
+        return PlannedFile(_oneflow_write.plan_file(emitted, found.batch, found.kinds), found.batch)
+    return PlannedFolder(_oneflow_write.plan_folder(emitted, found.batch, found.kinds), found.batch)
+
+
+def _is_flat(obj: Any, known: Sequence[Adapter]) -> bool:
+    """Whether `obj` is a dict of texts to tensors."""
+    if not isinstance(obj, Mapping):
+        return False
+    plain = frozenset().union(*(adapter.plain_types for adapter in known))
+    return all(
+        isinstance(key, str)
+        and (type(value) in plain or any(adapter.is_tensor(value) for adapter in known))
+        for key, value in obj.items()
+    )
+
+
+def _snapshot(
+    obj: Mapping[str, Any], localize: Callable[[Any], Any] | None, known: Sequence[Adapter]
+) -> PlannedFolder:
+    names = list(obj)
+    found = _collect(names, list(obj.values()), localize, known)
+    plan = _oneflow_write.plan_snapshot(names, found.batch)
+    nested = next((name for name in names if "/" in name), None)
+    if nested is not None:
+        warnings.warn(
+            f"tensor {nested!r}: its folder lies in another, where OneFlow's own load does not "
+            "look; layout='pickle' holds it for that",
+            stacklevel=4,
+        )
+    return PlannedFolder(plan, found.batch)
+
+
+def _collect(
+    names: list[str],
+    tensors: list[Any],
+    localize: Callable[[Any], Any] | None,
+    known: Sequence[Adapter],
+) -> Collection:
+    """Columns of the tensors, none of them merged: OneFlow has no two names for one tensor."""
+    if localize is not None:
+        tensors = [localize(tensor) for tensor in tensors]
+    if not tensors:
+        nothing = TensorBatch(np.zeros(0, VIEW), np.zeros(0, np.int64), [])
+        return Collection([], nothing, (), {}, None)
+    found = collect(names, tensors, known, ties=False)
+    _oneflow_write.check_elements(names, found.batch, found.kinds, found.framework)
+    return found
+
+
+def _emit(
+    content: dict[str, Any],
+    constants: tuple[str | tuple[str, str], ...],
+    known: Sequence[Adapter],
+) -> Emitted:
+    """The pickle; arrays are tensors unless there are others."""
+    frameworks = [adapter for adapter in known if adapter.name != "numpy"]
+
+    def is_tensor(obj: object) -> bool:
+        return any(adapter.is_tensor(obj) for adapter in frameworks)
+
+    # Of the thousands of objects that are made for many tensors, none is garbage yet.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for arrays in (_ARRAYS, frozenset[type]()):
+            emitter = Emitter(is_tensor, arrays, constants)
+            try:
+                with telling(emitter.steps, 1):
+                    return emitter.dump(content)
+            except MixedError:
+                continue
+        raise AssertionError("without arrays there is nothing to mix")
+    finally:
+        if collecting:
+            gc.enable()
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
+def save_oneflow(
+    obj: Any,
+    f: FileLike,
+    options: SaveOptions,
+    *,
+    layout: str = "snapshot",
+    localize: Callable[[Any], Any] | None = None,
+    known: Sequence[Adapter] | None = None,
+    release: Callable[[TensorBatch], np.ndarray] | None = None,
+) -> None:
+    """Save an object in one of OneFlow's layouts; to a file object always as the single file.
+
+    Parameters
+    ----------
+    obj, layout, localize, known
+        As for :func:`plan_oneflow`.
+    f : str, bytes, os.PathLike or binary file object
+        A folder of that name is replaced whole if it is empty or a checkpoint of OneFlow's.
+    options : SaveOptions
+    release : callable, optional
+        Given the tensors, says which are memory of unchanged maps, to be let go of once written.
+
+    Raises
+    ------
+    FileExistsError
+        A folder of that name holds what is no part of a checkpoint, and would be lost.
+    ValueError
+        There are metadata, which have no place.
+    OSError
+        Of the system; what was there before is as it was.
+    """
+    check_target(f)
+    if options.metadata:
+        raise ValueError(
+            "metadata have no place in OneFlow's formats; format='safetensors' has one"
+        )
+    planned = plan_oneflow(obj, layout if is_path(f) else "file", localize, known)
+    mapped = None if release is None else release(planned.batch)
+    if isinstance(planned, PlannedFile):
+        write_out(
+            f,
+            planned.plan,
+            planned.batch,
+            _oneflow_write.seal,
+            durable=options.durable,
+            checksum=False,
+            threads=options.threads,
+            progress=options.progress,
+            release=mapped,
+        )
+        return
+    path = cast("str | bytes | os.PathLike[str]", f)
+    replace = replaceable(path)
+    try:
+        write_folder(
+            path,
+            planned.plan,
+            planned.batch,
+            durable=options.durable,
+            threads=options.threads,
+            progress=options.progress,
+            replace=replace,
+            release=mapped,
+        )
+    except FileExistsError as error:
+        if replace:
+            raise
+        text = "The folder holds what is no part of a checkpoint, and would be lost"
+        raise FileExistsError(error.errno, text, error.filename) from None
+
+
+def replaceable(path: str | bytes | os.PathLike[str]) -> bool:
+    """Whether all there is under `path` is files of a checkpoint of OneFlow's."""
+    waiting = [(os.fsdecode(path), _OWN)]
+    try:
+        while waiting:
+            folder, files = waiting.pop()
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append((entry.path, _PART))
+                    elif entry.name not in files or entry.is_symlink():
+                        return False
+    except (FileNotFoundError, NotADirectoryError):
+        return False  # nothing that could be lost
+    return True

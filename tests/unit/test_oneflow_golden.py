@@ -1,0 +1,73 @@
+"""What was written for OneFlow, and opened by the real one, is what is written now."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import holdfast
+import holdfast.oneflow
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from oneflow_files import samples
+
+WRITTEN = Path(__file__).parents[1] / "golden" / "oneflow" / "written"
+MANIFEST = json.loads((WRITTEN / "manifest.json").read_text())
+SAMPLES = samples()
+
+
+def contents(path: Path) -> dict[str, str]:
+    """A digest of each file of a folder, or of the file itself."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return {
+        str(file.relative_to(path.parent)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+
+
+def test_the_manifest_is_whole() -> None:
+    found: dict[str, str] = {}
+    for name in MANIFEST["tensors"]:
+        found.update(contents(WRITTEN / name))
+    assert found == MANIFEST["files"]
+    assert len(found) > 60
+    assert sorted(MANIFEST["tensors"]) == sorted(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_same_bytes_are_written(name: str, tmp_path: Path) -> None:
+    obj, layout = SAMPLES[name]
+    holdfast.oneflow.save(obj, tmp_path / name, layout=layout)
+    assert contents(tmp_path / name) == contents(WRITTEN / name)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_it_is_read_as_it_was(name: str) -> None:
+    expected, _ = SAMPLES[name]
+    found = holdfast.load(WRITTEN / name, framework="numpy")
+    assert _same(found, expected) > 2
+    if "training" in name:
+        assert found["again"] is found["model"]["l1.weight"]
+
+
+def _same(found: Any, expected: Any) -> int:
+    """Compare, in depth; how many arrays there were."""
+    if isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+        return 1
+    if isinstance(expected, dict):
+        assert sorted(found, key=str) == sorted(expected, key=str)
+        return sum(_same(found[key], value) for key, value in expected.items())
+    if isinstance(expected, list | tuple):
+        assert type(found) is type(expected)
+        return sum(_same(a, b) for a, b in zip(found, expected, strict=True))
+    assert found == expected
+    return 0
