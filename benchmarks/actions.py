@@ -109,6 +109,40 @@ def hold_torch(framework: str) -> dict[str, Action]:
     return found
 
 
+def hold_format(format: str, framework: str) -> dict[str, Action]:
+    """What we do with a format that a path does not say: a folder of OneFlow's, say."""
+
+    def save(durable: bool) -> Action:
+        def action(job: Job) -> None:
+            import holdfast
+
+            holdfast.save(job.obj, job.path, format=format, durable=durable)
+
+        return action
+
+    found = hold(framework) | {"save": save(False), "save-durable": save(True)}
+    del found["fill"]
+    return found
+
+
+def hold_shards(count: int, framework: str) -> dict[str, Action]:
+    """The same tensors in `count` files, or in one more where they do not divide evenly."""
+
+    def save(durable: bool) -> Action:
+        def action(job: Job) -> None:
+            import holdfast
+
+            total = sum(tensor.nbytes for tensor in job.obj.values())
+            most = -(-total // count)
+            holdfast.save(job.obj, job.path, max_shard_size=most, durable=durable)
+
+        return action
+
+    found = hold(framework) | {"save": save(False), "save-durable": save(True)}
+    del found["fill"]
+    return found
+
+
 # ---- torch ------------------------------------------------------------------------------------
 
 

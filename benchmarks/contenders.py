@@ -134,6 +134,32 @@ CONTENDERS: tuple[Contender, ...] = (
         },
     ),
     Contender(
+        "holdfast, .npz", "ours", "numpy", "npz", do.hold_format("npz", "numpy"), ("holdfast",)
+    ),
+    Contender(
+        "holdfast, snapshot",
+        "ours",
+        "torch",
+        "snapshot",
+        do.hold_format("oneflow", "torch"),
+        ("holdfast", "torch"),
+    ),
+    Contender(
+        "bare files",
+        "limit",
+        "numpy",
+        "snapshot",
+        {"save": lambda job: limits.write_files(job.obj, job.path)},
+    ),
+    Contender(
+        "holdfast, 8 shards",
+        "ours",
+        "torch",
+        "shards",
+        do.hold_shards(8, "torch"),
+        ("holdfast", "torch"),
+    ),
+    Contender(
         "raw O_DIRECT pwrite",
         "limit",
         "bytes",

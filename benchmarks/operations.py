@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -133,9 +134,17 @@ def measure(
                 continue
             finally:
                 if operation.state == "saved":
-                    entrant.job.path.unlink(missing_ok=True)
+                    remove(entrant.job.path)
             if sample is not None:
                 yield sample
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder and all in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _failure(
@@ -185,7 +194,7 @@ def _once(material: Material, operation: Operation, entrant: Entrant, number: in
 def _prepare(operation: Operation, entrant: Entrant, material: Material) -> dict[str, float]:
     path = entrant.job.path
     if operation.state == "saved":
-        path.unlink(missing_ok=True)
+        remove(path)
         os.sync()
         time.sleep(SETTLE)
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,8 +33,24 @@ def resident(path: Path) -> float:
     return float((pages & 1).mean())
 
 
+def _files(path: Path) -> list[Path]:
+    """The files of a folder, or the one file."""
+    return [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
+
+
+def _mean(path: Path, of: Callable[[Path], float]) -> float:
+    """What `of` says of each file of a folder that has content, weighted by their sizes."""
+    sizes = {file: file.stat().st_size for file in _files(path)}
+    total = sum(sizes.values())
+    return sum(of(file) * size for file, size in sizes.items() if size) / max(total, 1)
+
+
 def warm(path: Path) -> float:
-    """Read the file through the page cache unless it is all there; return what is resident."""
+    """Read a file, or all of a folder, through the page cache; return what is resident."""
+    return _mean(path, _warm)
+
+
+def _warm(path: Path) -> float:
     if (before := resident(path)) == 1.0:
         return before
     block = bytearray(1 << 23)
@@ -44,17 +61,18 @@ def warm(path: Path) -> float:
 
 
 def drop(path: Path) -> float:
-    """Drop the file from the page cache; return what is still resident.
+    """Drop a file, or all of a folder, from the page cache; return what is still resident.
 
     Asks for this file by ``posix_fadvise``, and, where this process is root, for everything that
     the kernel can drop, so that the file system's own notes on the file are cold as well.
     """
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
+    for file in _files(path):
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
     with suppress(OSError):  # not root, or a container that may not
         Path("/proc/sys/vm/drop_caches").write_text("3")
-    return resident(path)
+    return _mean(path, resident)

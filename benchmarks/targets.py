@@ -68,6 +68,9 @@ _SHOW: dict[str, Callable[[float], str]] = {
 
 #: holdfast on the files of torch.save.
 PT = "holdfast, .pt"
+SNAPSHOT = "holdfast, snapshot"
+NPZ = "holdfast, .npz"
+SHARDS = "holdfast, 8 shards"
 RAW_READ = ("raw read", "raw O_DIRECT read")
 
 TARGETS: tuple[Target, ...] = (
@@ -97,6 +100,12 @@ TARGETS: tuple[Target, ...] = (
     Target("many", "load-mapped", ("torch",), 20, ours=PT),
     Target("many", "load-eager", ("torch",), 20, ours=f"{PT}, numpy"),
     Target("program", "program-first", ("torch.jit.load",), 3),
+    Target("llm", "save-durable", ("holdfast",), 0.8, ours=SNAPSHOT),
+    Target("llm", "load-eager", ("holdfast",), 0.8, ours=SNAPSHOT),
+    Target("many", "save", ("bare files",), 1.3, at_most=True, ours=SNAPSHOT),
+    Target("llm", "save", ("numpy.savez",), 3, ours=NPZ),
+    Target("llm", "load-eager", ("numpy.savez",), 3, ours=NPZ),
+    Target("llm", "load-eager", ("holdfast",), 0.95, ours=SHARDS),
 )
 
 

@@ -233,6 +233,7 @@ WORKLOADS: tuple[Workload, ...] = (
         _small(20_000, 1024, "layers.{}.weight"),
         ("save-durable", "save", "load-eager", "load-mapped", "open-one"),
         touched=False,
+        limits=True,
     ),
     Workload(
         "vgg16",

@@ -71,9 +71,9 @@ typedef struct hold_header_entry {
     uint64_t offset; /* from the start of the file */
     uint64_t nbytes;
     int64_t dims; /* index of the first extent */
-    int32_t dtype;
+    int16_t dtype;
     int16_t ndim;
-    uint16_t file;
+    uint32_t file;
 } hold_header_entry;
 
 /* One tensor in memory: VIEW in holdfast/views.py. */

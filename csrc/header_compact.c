@@ -170,7 +170,7 @@ int hold_scan_compact(hold_scan *self)
             .offset = self->tensor.begin + self->nbytes,
             .nbytes = self->tensor.end - self->tensor.begin,
             .dims = (int64_t)out->ndims,
-            .dtype = (int32_t)self->opened,
+            .dtype = (int16_t)self->opened,
             .ndim = (int16_t)self->tensor.ndim,
         };
         out->nnames++;

@@ -273,7 +273,7 @@ static int keep_tensor(hold_scan *self, const uint8_t *at)
         .offset = t->begin + self->nbytes,
         .nbytes = nbytes,
         .dims = (int64_t)t->dims,
-        .dtype = (int32_t)t->type,
+        .dtype = (int16_t)t->type,
         .ndim = (int16_t)t->ndim,
     };
     if (t->end > out->nbytes)

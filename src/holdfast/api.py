@@ -34,6 +34,7 @@ def save(
     durable: bool = True,
     checksum: bool = True,
     metadata: Mapping[str, str] | None = None,
+    max_shard_size: int | str | None = None,
     threads: int | None = None,
     progress: ProgressArgument = None,
 ) -> None:
@@ -57,11 +58,12 @@ def save(
     f : str, bytes, os.PathLike or binary file object
         Where to. A symbolic link is followed. A file object is written from its position on, in
         order; of the promises about replacing and durability none holds for it.
-    format : {"safetensors", "torch", "torch_legacy", "npz", "npy"}, optional
+    format : {"safetensors", "torch", "torch_legacy", "npz", "npy", "oneflow"}, optional
         By default that which the extension of the path means: ``.pt``, ``.pth``, ``.bin`` and
         ``.ckpt`` the archive that ``torch.load`` reads (``"torch"``), any other the container.
         ``"torch_legacy"`` is what torch before 1.6 wrote. ``.npz`` and ``.npy`` are NumPy's: a flat
-        dict of tensors, and a single one.
+        dict of tensors, and a single one. ``"oneflow"`` is the folder that ``oneflow.save`` makes;
+        a folder of that name is replaced if it holds nothing but such a checkpoint.
     durable : bool
         Whether to return only when the data are on the device (fsync of the file and of its
         directory). False leaves that to the system; replacing stays atomic.
@@ -70,6 +72,12 @@ def save(
         ``"torch_legacy"`` has no place for them.
     metadata : mapping of str to str, optional
         Whatever should stand in the header besides. ``"torch_legacy"`` has no place for it either.
+    max_shard_size : int or str, optional
+        `f` is a folder, made where there is none, and gets files of at most so many bytes of
+        tensors (``"5GB"``; a larger tensor stands alone) in Hugging Face's layout:
+        ``model-00001-of-00003.safetensors`` … and ``model.safetensors.index.json``, which is
+        replaced last. A checkpoint that was in it before is complete up to that moment, which is
+        why the files of a new one may be called ``model.next-…``; other files in it stay.
     threads : int, optional
         How many threads write. By default what measured fastest.
     progress : bool or callable, optional
@@ -113,6 +121,7 @@ def save(
             metadata=metadata,
             threads=_threads(threads),
             progress=progress,
+            max_shard_size=max_shard_size,
         ),
     )
 
@@ -127,10 +136,12 @@ def load(
     framework: str | None = None,
     keys: str | Iterable[str] | None = None,
     verify: bool | None = None,
+    strict: bool = False,
+    dequantize: bool = False,
     threads: int | None = None,
     progress: ProgressArgument = None,
 ) -> Any:
-    """Load what :func:`save` saved, any safetensors file, or any file of ``torch.save``.
+    """Load what :func:`save` saved, or others did: see the formats below.
 
     Of a program (TorchScript, ``torch.export``) the parameters and buffers come back under the
     names that they have in its ``state_dict``.
@@ -158,10 +169,10 @@ def load(
         no read until they are touched. Many processes that map one file share one copy of it. False
         reads into memory, with several threads. None maps on a local file system, and reads on a
         network one and from file objects.
-    framework : {"numpy", "torch"}, optional
-        What the tensors come back as. By default the framework that saved the file; where the file
-        does not say, the first of torch and NumPy that is imported already; NumPy where
-        that framework is not installed.
+    framework : {"numpy", "torch", "oneflow"}, optional
+        What the tensors come back as. By default the framework that saved the file; where that is
+        not installed or the file does not say, the first of torch, OneFlow and NumPy that is
+        imported already.
     keys : str or iterable of str, optional
         Names of tensors, or glob patterns (``"encoder.*"``). Only these are read, and they come
         back as a flat dict, whatever else the file holds.
@@ -169,6 +180,13 @@ def load(
         Whether to check the checksums. None checks them when tensors are read (they are computed
         as the bytes go by) and not when they are mapped, which would read the whole file. The
         header's own checksum is checked unless this is False.
+    strict : bool
+        Whether a folder of OneFlow's whose save was interrupted (``snapshot_done`` is missing) is
+        an error. Otherwise it is a warning, and what is there is loaded.
+    dequantize : bool
+        Whether the tensors of a GGUF file that are blocks of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 become
+        float32, in memory of their own. Others, and without this all, are their blocks as bytes:
+        uint8, of which the last two axes are the blocks of a row and the bytes of a block.
     threads : int, optional
         How many threads read. By default what measured fastest.
     progress : bool or callable, optional
@@ -203,6 +221,8 @@ def load(
             framework=framework,
             keys=keys,
             verify=verify,
+            strict=strict,
+            dequantize=dequantize,
             threads=_threads(threads),
             progress=progress,
             trust=Trust(weights_only=weights_only, safe_globals=tuple(safe_globals)),
@@ -270,7 +290,14 @@ def convert(
     )
 
 
-def open(f: FileLike, *, framework: str | None = None, threads: int | None = None) -> Checkpoint:
+def open(
+    f: FileLike,
+    *,
+    framework: str | None = None,
+    strict: bool = False,
+    dequantize: bool = False,
+    threads: int | None = None,
+) -> Checkpoint:
     """Open a file without reading more than its header, or of torch's files the pickle.
 
     Nothing that the file names is imported or run. Of a module that was saved whole, the names are
@@ -278,7 +305,7 @@ def open(f: FileLike, *, framework: str | None = None, threads: int | None = Non
 
     Parameters
     ----------
-    f, framework, threads
+    f, framework, strict, dequantize, threads
         As for :func:`load`.
 
     Returns
@@ -296,7 +323,7 @@ def open(f: FileLike, *, framework: str | None = None, threads: int | None = Non
     ...     print(list(f), f.info("model.w").shape, f.slice("model.w")[1:, 0])
     ['model.w'] (3, 2) [2 4]
     """
-    return open_checkpoint(f, framework, _threads(threads))
+    return open_checkpoint(f, framework, _threads(threads), strict, dequantize)
 
 
 def load_into(
@@ -305,9 +332,10 @@ def load_into(
     *,
     strict: bool = True,
     prefix: str = "",
+    rename: Mapping[str, str] | None = None,
     threads: int | None = None,
 ) -> IncompatibleKeys:
-    """Fill the tensors of a model, or of a dict, from a file, in place.
+    r"""Fill the tensors of a model, or of a dict, from a file, in place.
 
     The bytes are read into the memory that the tensors have, strided or not, so that the model is
     never in memory twice. Where a dtype differs it is converted, a part of a tensor at a time.
@@ -324,6 +352,10 @@ def load_into(
     prefix : str
         Only what is stored under names that begin with this is taken, without it:
         ``prefix="model."`` for a module saved as ``{"model": module.state_dict(), ...}``.
+    rename : mapping of str to str, optional
+        Regular expressions and what to put in place of what they find in a stored name, as
+        ``re.sub`` does, one after the other and before `prefix` is looked for:
+        ``rename={r"^module\\.": ""}`` for a model that was saved while it was wrapped.
     threads : int, optional
         As for :func:`load`.
 
@@ -338,13 +370,16 @@ def load_into(
         Shapes differ, or with `strict` the names do; in the words of torch, before any tensor
         is touched.
     ValueError
-        A tensor of the target is read-only or expanded.
+        A tensor of the target is read-only or expanded; `rename` is no regular expression, or makes
+        one name of two.
     io.UnsupportedOperation
         A file object cannot seek, and some of its bytes are needed twice.
     ChecksumError
         The bytes are not those that were written; the target has been filled with them.
     """
-    return fill_from(target, f, strict=strict, prefix=prefix, threads=_threads(threads))
+    return fill_from(
+        target, f, strict=strict, prefix=prefix, rename=rename, threads=_threads(threads)
+    )
 
 
 def verify(f: FileLike, *, threads: int | None = None) -> Report:

@@ -7,15 +7,17 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from . import _engine, adapters, fetch, formats, objects, tree
-from ._buffer import Buffer
+from .dequantize import dequantize, dequantized
 from .errors import FormatError
+from .folder import FolderSource, Origin, beside, open_origin
 from .layout import Entry, Index
-from .source import FileLike, Source, open_source
+from .maps import Maps
+from .source import FileLike
 from .views import TensorBatch
 
 __all__ = ["Checkpoint", "Reader", "TensorSlice", "open_checkpoint"]
@@ -26,33 +28,51 @@ class Reader:
 
     Parameters
     ----------
-    source : Source
+    source : Source or FolderSource
         Closed with the reader.
     verify : bool
         Whether the checksum of the header is checked.
+    strict : bool
+        Whether a folder that was not saved to its end is an error rather than a warning.
     """
 
-    __slots__ = ("_kinds", "_paths", "index", "source")
+    __slots__ = ("_kinds", "_paths", "described", "index", "source")
 
-    def __init__(self, source: Source, *, verify: bool = True) -> None:
+    def __init__(self, source: Origin, *, verify: bool = True, strict: bool = False) -> None:
         self.source = source
         self._kinds: dict[int, str] | None = None
         self._paths: dict[str, int] | None = None
         try:
-            prefix = source.peek(formats.PREFIX)
-            form = formats.recognise(prefix, source.size, source.name)
-            if form.NEEDS_SIZE:
-                source.settle()
-            self.index: Index = form.index(source.read, source.size, source.name, verify=verify)
+            self.index = self._index(verify, strict)
         except BaseException:
-            source.close()
+            self.source.close()
             raise
+        #: What :meth:`entry` tells of: `index`, unless tensors are dequantized.
+        self.described = self.index
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.source.close()
+
+    def _index(self, verify: bool, strict: bool) -> Index:
+        source = self.source
+        if not isinstance(source, FolderSource):
+            prefix = source.peek(formats.PREFIX)
+            form = formats.recognise(prefix, source.size, source.name)
+            if not formats.of_folders(form):
+                single = cast(formats.Reading, form)
+                if single.NEEDS_SIZE:
+                    source.settle()
+                return single.index(source.read, source.size, source.name, verify=verify)
+            self.source = source = beside(source)
+        else:
+            form = formats.recognise_folder(source)
+        source.links = form.LINKS
+        index = form.index_folder(source, verify=verify, strict=strict)
+        source.files = index.files or ()
+        return index
 
     @property
     def kinds(self) -> dict[int, str]:
@@ -129,14 +149,16 @@ class Reader:
 
     def entry(self, name: str, row: int) -> Entry:
         """What there is to know of one entry without reading it."""
-        at = self.index.entries[row]
+        index = self.described
+        at = index.entries[row]
         return Entry(
             name=name,
-            dtype=self.index.dtype(row).name,
-            shape=self.index.shape(row),
+            dtype=index.dtype(row).name,
+            shape=index.shape(row),
             nbytes=int(at["nbytes"]),
             offset=int(at["offset"]),
-            file=self.source.name,
+            file=index.file(self.source.name, int(at["file"])),
+            encoding=index.encodings.get(row),
         )
 
 
@@ -178,21 +200,32 @@ class Checkpoint(Mapping[str, Any]):
 
     Attributes
     ----------
-    metadata : dict of str to str
-        What the one who saved it put there.
+    metadata : mapping of str to object
+        What the one who saved it put there: texts, or of a GGUF file values and lists of them.
     """
 
-    def __init__(self, source: Source, framework: str | None, threads: int) -> None:
-        self._reader = Reader(source)
+    def __init__(
+        self,
+        source: Origin,
+        framework: str | None,
+        threads: int,
+        strict: bool = False,
+        dequantize: bool = False,
+    ) -> None:
+        self._reader = Reader(source, strict=strict)
+        self._dequantize = dequantize
+        if dequantize:
+            self._reader.described = dequantized(self._reader.index)
         self._threads = threads
-        self._buffer: Buffer | None = None
+        self._maps: Maps | None = None
         self._held: dict[int, Any] = {}
         self._closed = False
         index = self._reader.index
         self._adapter = adapters.choose(framework, index.framework)
         self._forced = framework is not None
-        self._mapped = source.local
-        self.metadata: dict[str, str] = dict(index.metadata)
+        self._mapped = self._reader.source.local
+        texts = isinstance(index.metadata, dict)
+        self.metadata: Mapping[str, Any] = dict(index.metadata) if texts else index.metadata
 
     # The names.
 
@@ -264,9 +297,11 @@ class Checkpoint(Mapping[str, Any]):
         else:
             rows = np.array(sorted(set(self._reader.select(keys).values())), np.int64)
         if self._mapped:
-            buffer = self._map()
-            for start, stop in _runs(fetch.stretches(index, rows)):
-                _engine.prefetch(buffer, start, stop - start, self._threads)
+            maps = self._map()
+            stretches = fetch.stretches(index, rows)
+            for number, buffer in maps.each():
+                for start, stop in _runs(stretches[stretches["file"] == number]):
+                    _engine.prefetch(buffer, start, stop - start, self._threads)
         else:
             batch = self._read(rows)
             made = self._assembler(batch, rows).named({str(row): row for row in rows.tolist()})
@@ -276,7 +311,7 @@ class Checkpoint(Mapping[str, Any]):
         """Close the file. Tensors already taken stay valid."""
         self._closed = True
         self._held.clear()
-        self._buffer = None
+        self._maps = None
         self._reader.source.close()
 
     def __enter__(self) -> Checkpoint:
@@ -308,11 +343,10 @@ class Checkpoint(Mapping[str, Any]):
         if self._closed:
             raise ValueError(f"{self._reader.source.name}: the checkpoint is closed")
 
-    def _map(self) -> Buffer:
-        if self._buffer is None:
-            source = self._reader.source
-            self._buffer = source.map(self._reader.index.end)
-        return self._buffer
+    def _map(self) -> Maps:
+        if self._maps is None:
+            self._maps = self._reader.source.maps(self._reader.index)
+        return self._maps
 
     def _read(self, rows: np.ndarray) -> TensorBatch:
         index = self._reader.index
@@ -335,6 +369,8 @@ class Checkpoint(Mapping[str, Any]):
         return self._assembler(batch, rows).named({"": row})[""]
 
     def _assembler(self, batch: TensorBatch, rows: np.ndarray) -> objects.Maker:
+        if self._dequantize:
+            batch = dequantize(self._reader.index, batch, rows, threads=self._threads)
         return objects.assembler(
             self._reader.index,
             batch,
@@ -348,9 +384,10 @@ class Checkpoint(Mapping[str, Any]):
 
     def _part(self, name: str, key: Any) -> Any:
         row = self._reader.find(name)
-        shape = self._reader.index.shape(row)
+        shape = self._reader.described.shape(row)
         first = key[0] if isinstance(key, tuple) and key else key
         plain = shape and type(first) in (int, slice) and row not in self._reader.kinds
+        plain = plain and not (self._dequantize and row in self._reader.index.encodings)
         if (
             self._mapped
             or row in self._held
@@ -397,6 +434,12 @@ def _runs(segments: np.ndarray) -> Iterator[tuple[int, int]]:
             yield int(starts[begin]), int(stops[end - 1])
 
 
-def open_checkpoint(f: FileLike, framework: str | None, threads: int) -> Checkpoint:
+def open_checkpoint(
+    f: FileLike,
+    framework: str | None,
+    threads: int,
+    strict: bool = False,
+    dequantize: bool = False,
+) -> Checkpoint:
     """What :func:`holdfast.open` does."""
-    return Checkpoint(open_source(f), framework, threads)
+    return Checkpoint(open_origin(f), framework, threads, strict, dequantize)

@@ -107,21 +107,28 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def _short(value: object) -> str:
+    """A value of the metadata, of which a list may be as long as a vocabulary."""
+    if not isinstance(value, list) or len(value) <= 8:
+        return str(value)
+    return f"{str(value[:8])[:-1]}, ... ({len(value)} in all)]"
+
+
 def _info(options: argparse.Namespace) -> int:
     with open(options.path, framework="numpy") as checkpoint:
         entries = [checkpoint.info(name) for name in checkpoint]
         if options.json:
             for entry in entries:
-                fields = ("name", "dtype", "shape", "nbytes", "offset", "file")
+                fields = ("name", "dtype", "shape", "nbytes", "offset", "file", "encoding")
                 print(json.dumps({field: getattr(entry, field) for field in fields}))
             return 0
         for key, value in checkpoint.metadata.items():
-            print(f"# {_printable(key)}: {_printable(value)}")
+            print(f"# {_printable(key)}: {_printable(_short(value))}")
         for entry in entries:
             shape = "x".join(map(str, entry.shape)) or "scalar"
             print(
-                f"{_printable(entry.name)}  {entry.dtype}  {shape}  {entry.nbytes} bytes at "
-                f"{entry.offset}"
+                f"{_printable(entry.name)}  {entry.encoding or entry.dtype}  {shape}  "
+                f"{entry.nbytes} bytes at {entry.offset}"
             )
         total = sum(entry.nbytes for entry in entries)
         print(f"{len(entries)} tensors, {total} bytes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,17 +13,21 @@ import numpy as np
 
 from . import adapters, fetch, formats, objects, storages
 from .adapters.base import PARAMETER, REQUIRES_GRAD, Placed, refusal
+from .annotated import as_texts
 from .checkpoint import Reader
 from .collect import collect, split_kind
 from .dtypes import DTYPES
 from .errors import FormatError, UnsafeError
+from .folder import open_origin
 from .formats import Writing
 from .layout import FOREIGN, SEGMENT, Index, Plan, Structure
+from .maps import Maps
 from .pickling import pickle_around
 from .progress import ProgressArgument
 from .publish import check_target, write_out
 from .safe import SafeResolver
-from .source import FileLike, is_path, open_source
+from .saving import SaveOptions
+from .source import FileLike, is_path
 from .views import TensorBatch
 
 __all__ = ["convert_file"]
@@ -175,11 +180,10 @@ class _Conversion:
         self.swapped = bool(np.any(foreign))
         source = reader.source
         rows = np.arange(len(index), dtype=np.int64)
-        self.start = self.stop = 0
+        self.maps: Maps | None = None
         if source.mappable:
-            buffer = source.map(index.end)
-            self.start, self.stop = buffer.address, buffer.address + index.end
-            self.batch = fetch.map_tensors(source, index, rows, buffer, aligned=False)
+            self.maps = source.maps(index)
+            self.batch = fetch.map_tensors(source, index, rows, self.maps, aligned=False)
         else:
             check = fetch.checkable(index)
             self.batch = fetch.read_tensors(source, index, rows, verify=check, threads=threads)
@@ -257,10 +261,10 @@ class _Conversion:
         return objects.Blob(ctypes.string_at(address, nbytes))
 
     def mapped(self, batch: TensorBatch) -> np.ndarray:
-        """Which rows of `batch` are in the map of the file."""
-        address = batch.views["address"]
-        found: np.ndarray = (address >= self.start) & (address < self.stop)
-        return found
+        """Which rows of `batch` are in a map of the file."""
+        if self.maps is None or not self.maps.buffers:
+            return np.zeros(len(batch), bool)
+        return self.maps.cover(batch.views["address"])
 
     def verify(self, rows: np.ndarray, whole: bool) -> None:
         """Raise ChecksumError for damage that :meth:`check` will not see, before it is copied."""
@@ -333,8 +337,11 @@ def convert_file(
     check_target(dst)
     path = os.fsdecode(dst) if is_path(dst) else ""  # type: ignore[arg-type]
     stem, extension = os.path.splitext(os.path.basename(path))
+    if format == "oneflow":
+        _to_oneflow(src, dst, SaveOptions(format, durable, threads=threads, progress=progress))
+        return
     form = formats.for_saving(format, extension.lower())
-    with Reader(open_source(src)) as reader:
+    with Reader(open_origin(src)) as reader:
         work = _Conversion(reader, threads)
         plan = {"tree": _plan_tree, "arrays": _plan_arrays, "array": _plan_arrays}.get(
             form.STRUCTURE, _plan_pickle
@@ -356,17 +363,43 @@ def convert_file(
         )
 
 
+def _to_oneflow(src: FileLike, dst: FileLike, options: SaveOptions) -> None:
+    """Convert to a checkpoint of OneFlow's, which is no single file as the others are."""
+    from .oneflow_saving import save_oneflow
+
+    with Reader(open_origin(src)) as reader:
+        work = _Conversion(reader, options.threads)
+        rows = np.arange(len(reader.index), dtype=np.int64)
+        if fetch.checkable(reader.index):  # there are none in what is written
+            fetch.verify_rows(reader.source, reader.index, rows, threads=options.threads)
+        if reader.index.metadata:
+            _warn_metadata(work)
+        obj = work.object()
+        known = [*adapters.loaded(), *work.adapters]
+        save_oneflow(obj, dst, options, known=known, release=work.mapped)
+
+
 def _metadata(work: _Conversion, form: Writing) -> Mapping[str, str] | None:
     """What the user put beside the tensors, as far as the other format has a place for it."""
     metadata = work.index.metadata
+    if form.METADATA and not isinstance(metadata, dict):
+        metadata = as_texts(metadata)
+        names = work.index.names.tolist()
+        encodings = {names[row]: text for row, text in work.index.encodings.items()}
+        if encodings:
+            metadata["gguf.encodings"] = json.dumps(encodings)
     if form.METADATA or not metadata:
         return metadata
-    warnings.warn(
-        f"{work.reader.source.name}: the metadata {sorted(metadata)} are left out: the format has "
-        "no place for them",
-        stacklevel=5,
-    )
+    _warn_metadata(work)
     return None
+
+
+def _warn_metadata(work: _Conversion) -> None:
+    warnings.warn(
+        f"{work.reader.source.name}: the metadata {sorted(work.index.metadata)} are left out: the "
+        "format has no place for them",
+        stacklevel=6,
+    )
 
 
 _Planned = tuple[Plan, TensorBatch, np.ndarray, bool]

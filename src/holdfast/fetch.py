@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from . import _engine, _engine_py, storages
+from . import _engine, storages
 from ._buffer import Buffer
 from .dtypes import DTYPES
 from .errors import ChecksumError
+from .folder import Origin
 from .layout import CHECKED, SEGMENT, Index
-from .source import Source
+from .maps import Maps
 from .views import DENSE, VIEW, TensorBatch
 
 __all__ = [
@@ -63,52 +64,60 @@ def segments_of(index: Index, rows: np.ndarray) -> np.ndarray:
 
 
 def map_tensors(
-    source: Source,
+    source: Origin,
     index: Index,
     rows: np.ndarray,
-    buffer: Buffer | None = None,
+    maps: Maps | None = None,
     *,
     aligned: bool = True,
 ) -> TensorBatch:
-    """Tensors over a private, writable map of the file.
+    """Tensors over a private, writable map of their file.
 
-    Those that a foreign writer left misaligned for their element cannot be used in place; they
-    are read into memory.
+    Those that a foreign writer left misaligned for their element cannot be used in place, and of a
+    folder small files are not worth a map: they are read into memory.
 
     Parameters
     ----------
     rows : ndarray of int64
         Which entries of `index`.
-    buffer : Buffer, optional
-        The map, where there is one already.
+    maps : Maps, optional
+        Where there is one already.
     aligned : bool
         Whether the tensors are to be used; False where their bytes alone count.
     """
-    if buffer is None:
-        buffer = source.map(index.end)
+    if maps is None:
+        maps = source.maps(index, rows)
         if len(rows) == len(index):
             with contextlib.suppress(OSError):  # a wish: pages come one by one without it
-                _engine.populate_cached(buffer, POPULATE_MOST, 2)
+                for buffer in maps.buffers:
+                    _engine.populate_cached(buffer, POPULATE_MOST, 2)
     if index.storages is not None:
         which = storages.used(index, rows)
-        found = storages.map_storages(source, index, which, buffer, _place, move, aligned=aligned)
+        found = storages.map_storages(source, index, which, maps, _place, move, aligned=aligned)
         return storages.view_entries(index, found, rows)
     batch = _batch(index, rows)
-    batch.views["address"] = index.entries["offset"][rows] + np.uint64(buffer.address)
-    batch.owners = [buffer]
-    stray = index.entries["offset"][rows] % _UNITS[batch.views["dtype"]] != 0
-    if aligned and stray.any():
-        repaired = read_tensors(source, index, rows[stray], verify=False)
-        batch.views["address"][stray] = repaired.views["address"]
-        assert repaired.owner is not None
-        batch.owner = np.zeros(len(rows), np.int64)
-        batch.owner[stray] = repaired.owner + 1
-        batch.owners = [buffer, *repaired.owners]
+    offset, file = index.entries["offset"][rows], index.entries["file"][rows]
+    batch.views["address"], batch.owner = maps.place(offset, file)
+    batch.owners = list(maps.buffers)
+    stray = np.zeros(len(rows), bool)
+    if aligned:
+        stray = offset % _UNITS[batch.views["dtype"]] != 0
+    mapped = maps.has(file)
+    if mapped is not None:
+        stray |= ~mapped
+    if stray.any():
+        apart = read_tensors(source, index, rows[stray], verify=False)
+        batch.views["address"][stray] = apart.views["address"]
+        assert apart.owner is not None
+        if batch.owner is None:
+            batch.owner = np.zeros(len(rows), np.int64)
+        batch.owner[stray] = apart.owner + len(maps.buffers)
+        batch.owners = [*maps.buffers, *apart.owners]
     return batch
 
 
 def read_tensors(
-    source: Source,
+    source: Origin,
     index: Index,
     rows: np.ndarray,
     *,
@@ -161,7 +170,7 @@ def checkable(index: Index) -> bool:
     """Whether the file has a checksum for any tensor."""
     if index.storages is not None:
         return bool((index.storages["flags"] & CHECKED).any())
-    return index.crcs is not None
+    return index.crcs is not None and (index.checked is None or bool(index.checked.any()))
 
 
 def stretches(index: Index, rows: np.ndarray) -> np.ndarray:
@@ -189,7 +198,7 @@ def partial(index: Index, row: int) -> bool:
 
 
 def read_part(
-    source: Source, index: Index, row: int, first: int, shape: tuple[int, ...]
+    source: Origin, index: Index, row: int, first: int, shape: tuple[int, ...]
 ) -> TensorBatch:
     """Elements of one tensor, read into memory; checksums cannot be checked.
 
@@ -206,12 +215,12 @@ def read_part(
     entries["nbytes"] = dtype.nbytes(shape)
     entries["dims"] = 0
     entries["ndim"] = len(shape)
-    part = Index(index.names, entries, np.array(shape, np.int64), {})
+    part = Index(index.names, entries, np.array(shape, np.int64), {}, files=index.files)
     return read_tensors(source, part, np.zeros(1, np.int64), verify=False)
 
 
 def move(
-    source: Source,
+    source: Origin,
     segments: np.ndarray,
     *,
     layouts: Sequence[_engine.Layout] | None = None,
@@ -220,40 +229,30 @@ def move(
     progress: Progress | None = None,
 ) -> None:
     """Read `segments`, which may come in any order; their checksums are filled in with `verify`."""
-    offsets = segments["offset"]
-    ordered = len(segments) < 2 or bool((offsets[1:] >= offsets[:-1]).all())
-    order = None if ordered else np.argsort(offsets, kind="stable")
+    order = _order(segments)
     work = segments if order is None else np.ascontiguousarray(segments[order])
     if order is not None and layouts:
         position = np.empty(len(order), np.int64)
         position[order] = np.arange(len(order))
         layouts = [(int(position[layout[0]]), *layout[1:]) for layout in layouts]
-    if source.fd >= 0:
-        _engine.read(
-            [source.fd],
-            work,
-            layouts=layouts,
-            threads=threads,
-            checksum=verify,
-            progress=progress,
-            filenames=[source.name],
-        )
-    else:
-        with source.replay() as stream:
-            _engine_py.read_stream(
-                stream,
-                work,
-                layouts=layouts,
-                checksum=verify,
-                progress=progress,
-                name=source.name,
-            )
+    source.move(work, layouts=layouts, checksum=verify, threads=threads, progress=progress)
     if order is not None:
         segments["crc"][order] = work["crc"]
 
 
+def _order(segments: np.ndarray) -> np.ndarray | None:
+    """Positions of segments in the order of their files; None where they are in it."""
+    offset, file = segments["offset"], segments["file"]
+    if bool((file[1:] == file[:-1]).all()):
+        if bool((offset[1:] >= offset[:-1]).all()):
+            return None
+        return np.argsort(offset, kind="stable")
+    ahead = (file[1:] > file[:-1]) | ((file[1:] == file[:-1]) & (offset[1:] >= offset[:-1]))
+    return None if bool(ahead.all()) else np.lexsort((offset, file))
+
+
 def verify_rows(
-    source: Source,
+    source: Origin,
     index: Index,
     rows: np.ndarray,
     *,
@@ -288,15 +287,17 @@ def expected_crcs(index: Index, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
         return storages.alone(index, rows) & ((own["flags"] & CHECKED) != 0), own["crc"]
     if index.crcs is None:
         return np.zeros(len(rows), bool), np.zeros(len(rows), np.uint32)
-    return np.ones(len(rows), bool), index.crcs[rows]
+    has = np.ones(len(rows), bool) if index.checked is None else index.checked[rows]
+    return has, index.crcs[rows]
 
 
 def mismatch(name: str, index: Index, row: int, found: int) -> str:
     """The message for one tensor whose checksum is wrong."""
     entry = index.entries[row]
     expected = int(expected_crcs(index, np.array([row]))[1][0])
+    file = index.file(name, int(entry["file"]))
     return (
-        f"{name}: tensor {index.names.tolist()[row]!r}: the {int(entry['nbytes'])} bytes at offset "
+        f"{file}: tensor {index.names.tolist()[row]!r}: the {int(entry['nbytes'])} bytes at offset "
         f"{int(entry['offset'])} are damaged: expected CRC-32 {expected:08x}, "
         f"found {found:08x}"
     )

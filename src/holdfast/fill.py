@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import io
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from .adapters import Adapter
 from .checkpoint import Reader
 from .collect import by_adapter, join_kind, opaque
 from .errors import ChecksumError
+from .folder import open_origin
 from .layout import Index
-from .source import FileLike, open_source
+from .source import FileLike
 from .views import TensorBatch, TensorView
 
 __all__ = ["IncompatibleKeys", "fill_from"]
@@ -46,14 +48,21 @@ class _Target:
 
 
 def fill_from(
-    target: Any, f: FileLike, *, strict: bool, prefix: str, threads: int
+    target: Any,
+    f: FileLike,
+    *,
+    strict: bool,
+    prefix: str,
+    rename: Mapping[str, str] | None,
+    threads: int,
 ) -> IncompatibleKeys:
     """What :func:`holdfast.load_into` does."""
+    rules = _rules(rename)
     named = _named_tensors(target)
-    with Reader(open_source(f)) as reader:
+    with Reader(open_origin(f)) as reader:
         stored = {
             name[len(prefix) :]: row
-            for name, row in reader.paths().items()
+            for name, row in _renamed(reader, rules).items()
             if name.startswith(prefix)
         }
         matches = _match(named, stored)
@@ -66,6 +75,40 @@ def fill_from(
         _refuse(target, reader, matches, keys if strict else None)
         _fill(reader, matches, threads)
     return keys
+
+
+def _rules(rename: Mapping[str, str] | None) -> list[tuple[re.Pattern[str], str]]:
+    """The patterns of `rename`, compiled."""
+    rules = []
+    for pattern, text in (rename or {}).items():
+        if not isinstance(pattern, str) or not isinstance(text, str):
+            raise TypeError(f"rename must map str to str, found {pattern!r}: {text!r}")
+        try:
+            rules.append((re.compile(pattern), text))
+        except re.error as error:
+            raise ValueError(f"rename: {pattern!r} is no regular expression: {error}") from None
+    return rules
+
+
+def _renamed(reader: Reader, rules: list[tuple[re.Pattern[str], str]]) -> dict[str, int]:
+    """Every name in a file, after `rules`, and its entry."""
+    if not rules:
+        return reader.paths()
+    found: dict[str, int] = {}
+    before: dict[str, str] = {}
+    for name, row in reader.paths().items():
+        new = name
+        for pattern, text in rules:
+            try:
+                new = pattern.sub(text, new)
+            except re.error as error:
+                raise ValueError(f"rename: {text!r}: {error}") from None
+        if found.setdefault(new, row) != row:
+            raise ValueError(
+                f"{reader.source.name}: rename makes {new!r} of both {before[new]!r} and {name!r}"
+            )
+        before.setdefault(new, name)
+    return found
 
 
 def _tied(view: TensorView, filled: set[tuple[int, int]]) -> bool:

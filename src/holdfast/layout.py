@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .dtypes import DTYPES, DType
+from .structure import QUANTIZED, Persistent, Resolver, Structure
 from .views import CONJUGATE, NEGATIVE
 
 __all__ = [
@@ -26,8 +27,11 @@ __all__ = [
     "SEGMENT",
     "STORAGE",
     "Entry",
+    "Folder",
+    "FolderPlan",
     "Index",
     "Names",
+    "Part",
     "Persistent",
     "Pieces",
     "Plan",
@@ -52,16 +56,17 @@ SEGMENT = np.dtype(
     align=True,
 )
 
-#: One tensor in a file. ``offset`` counts from the start of the file; ``dims`` is the index of the
-#: first extent in ``Index.dims``. Shapes are those in memory (see ``DType.pack``).
+#: One tensor in a file. ``offset`` counts from the start of the file, which is one of
+#: ``Index.files``; ``dims`` is the index of the first extent in ``Index.dims``. Shapes are those in
+#: memory (see ``DType.pack``).
 ENTRY = np.dtype(
     [
         ("offset", np.uint64),
         ("nbytes", np.uint64),
         ("dims", np.int64),
-        ("dtype", np.int32),
+        ("dtype", np.int16),
         ("ndim", np.int16),
-        ("file", np.uint16),
+        ("file", np.uint32),
     ],
     align=True,
 )
@@ -78,8 +83,8 @@ STORAGE = np.dtype(
         ("packed", np.uint64),
         ("crc", np.uint32),
         ("dtype", np.uint16),
-        ("file", np.uint16),
-        ("flags", np.uint32),
+        ("flags", np.uint16),
+        ("file", np.uint32),
         ("skip", np.uint32),
     ],
     align=True,
@@ -88,122 +93,6 @@ STORAGE = np.dtype(
 CHECKED = 1
 #: Flag of :data:`STORAGE`: its elements have the byte order that the machine does not have.
 FOREIGN = 2
-
-#: Quantized element types of PyTorch, whose integers mean nothing without scale and zero point.
-#: Where a storage is asked for by the code of a dtype, position i stands here as code ``-2 - i``.
-QUANTIZED = ("qint8", "quint8", "qint32", "quint4x2", "quint2x4")
-
-
-class Resolver(Protocol):
-    """Who decides what a pickle may name and call. Every method raises where it may not."""
-
-    def find(self, module: str, name: str) -> object:
-        """What a pickle means by ``module.name``."""
-
-    def call(self, func: object, args: tuple[Any, ...]) -> object:
-        """What calling `func`, which :meth:`find` returned, makes."""
-
-    def new(self, cls: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-        """An instance of `cls`, which :meth:`find` returned."""
-
-    def build(self, obj: object, state: object) -> object:
-        """`obj` with `state` set; it may be another object."""
-
-    def extend(self, obj: object, items: list[Any]) -> None:
-        """Append `items` to `obj`, which is no list."""
-
-    def update(self, obj: object, pairs: list[tuple[Any, Any]]) -> None:
-        """Set items of `obj`, which is no dict."""
-
-
-@dataclass(frozen=True, slots=True)
-class Persistent:
-    """What a persistent id of a pickle stands for: a tensor, or a storage that is none's alone.
-
-    Attributes
-    ----------
-    entry : int
-        Of the index; -1 for a storage.
-    row : int
-        Of ``Index.storages``; -1 for a tensor.
-    code : int
-        Of the storage's dtype: -1 for untyped bytes, and below that for :data:`QUANTIZED`.
-    part : tuple of int or None
-        First element and number of elements, where it is a view of a part of the row.
-    """
-
-    entry: int = -1
-    row: int = -1
-    code: int = -1
-    part: tuple[int, int] | None = None
-
-
-class Structure(Protocol):
-    """An object that was pickled around its tensors: read without running any of it.
-
-    Attributes
-    ----------
-    data : bytes-like
-        The pickle of the object, which a program that trusts it may unpickle.
-    globals : sequence of str
-        The ``module.name`` that it needs, in order, but for those of tensors and storages.
-    """
-
-    @property
-    def data(self) -> bytes | memoryview: ...  # noqa: D102
-    @property
-    def globals(self) -> Sequence[str]: ...  # noqa: D102
-
-    def paths(self) -> Mapping[str, int]:
-        """Every name a tensor can be asked for, and its entry."""
-
-    def replay(
-        self,
-        tensors: Sequence[Any],
-        storages: Callable[..., object],
-        resolver: Resolver,
-        *,
-        encoding: str | None = None,
-    ) -> object:
-        """The object, with `tensors` in the order of the entries for its tensors.
-
-        Parameters
-        ----------
-        tensors : sequence
-            One for each entry.
-        storages : callable
-            The storage of a row of ``Index.storages`` as one of a dtype's code (-1: untyped), for
-            where the object holds a storage that is no tensor's, or a tensor of a special kind
-            needs it. For one that is a view of a part of the row, a third argument says which:
-            first element and number of elements.
-        resolver : Resolver
-            Asked for every other global and call.
-        encoding : str, optional
-            What a ``str`` of Python 2 is decoded by, strictly; ``"bytes"`` leaves it bytes. By
-            default it is text where it is UTF-8, else bytes.
-
-        Raises
-        ------
-        UnicodeDecodeError
-            A ``str`` of Python 2 is not what `encoding` says.
-        """
-
-    def outline(self, leaf: Callable[[int], object]) -> object:
-        """The object with ``leaf(entry)`` for its tensors, and inert records for all classes."""
-
-    def persistent(self, pid: object) -> Persistent:
-        """What a persistent id stands for.
-
-        Parameters
-        ----------
-        pid : object
-            As the pickle has it, but for the class of a storage, which is the name of the class.
-
-        Raises
-        ------
-        KeyError
-            It names nothing.
-        """
 
 
 class Names(Protocol):
@@ -232,6 +121,9 @@ class Entry:
         Of the first byte, from the start of `file`.
     file : str
         Path of the file, or the text that stands for a file object.
+    encoding : str or None
+        What the bytes of a quantized tensor are blocks of, such as ``"Q4_K"``; the last axis is
+        then that of the bytes of a block.
     """
 
     name: str
@@ -240,6 +132,7 @@ class Entry:
     nbytes: int
     offset: int
     file: str
+    encoding: str | None = None
 
 
 @dataclass(slots=True)
@@ -253,8 +146,9 @@ class Index:
         In header order; every row checked against the size of the file.
     dims : ndarray of int64
         The extents of all tensors, end to end.
-    metadata : dict of str to str
-        What the user (or another writer) put there; nothing of the format's own.
+    metadata : mapping of str to str
+        What the user (or another writer) put there; nothing of the format's own. In some formats
+        values are of other types, and made when they are asked for.
     framework : str or None
         Name of the adapter whose tensors were saved, where the file says so.
     tree : object or None
@@ -262,8 +156,13 @@ class Index:
         flat dict of tensors.
     crcs : ndarray of uint32 or None
         CRC-32 of each tensor's bytes, where the file has them.
+    checked : ndarray of bool or None
+        Of which tensors `crcs` is known; None: of all, where there are any.
     end : int
-        Where the format's bytes end, from the start of the file.
+        Where the format's bytes end, from the start of the file; 0 where there are several.
+    files : sequence of str or None
+        The files that a checkpoint of several is made of, relative to their folder; None for one
+        that is a single file.
     strides : ndarray of int64 or None
         Strides in bytes, laid out as `dims`; None where every tensor is dense in C order.
     storages : ndarray of STORAGE or None
@@ -276,10 +175,15 @@ class Index:
         ``CONJUGATE`` and ``NEGATIVE`` for each entry; None for none.
     kinds : dict of int to str
         For some entries, what a plain tensor of `framework` does not say of them.
+    encodings : dict of int to str
+        For the entries that are blocks of quantized numbers, the type of the blocks.
     locations : sequence of str or None
         For each storage, the device that it was on, as the file has it.
     structure : Structure or None
         Where the object was pickled; `tree` is then None.
+    inert : bool
+        Whether a load gives inert records for instances of classes that are not allowed, rather
+        than refuse the object that they are in.
     format : str
         What the format is called: ``"safetensors"``, ``"torch"``, ``"torch_legacy"``, …
     byteorder : str or None
@@ -296,18 +200,22 @@ class Index:
     names: Names
     entries: np.ndarray
     dims: np.ndarray
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]
     framework: str | None = None
     tree: Any = None
     crcs: np.ndarray | None = None
+    checked: np.ndarray | None = None
     end: int = 0
+    files: Sequence[str] | None = None
     strides: np.ndarray | None = None
     storages: np.ndarray | None = None
     storage: np.ndarray | None = None
     flags: np.ndarray | None = None
     kinds: Mapping[int, str] = field(default_factory=dict)
+    encodings: Mapping[int, str] = field(default_factory=dict)
     locations: Sequence[str] | None = None
     structure: Structure | None = None
+    inert: bool = False
     format: str = ""
     byteorder: str | None = None
     program: str | None = None
@@ -325,6 +233,10 @@ class Index:
         """Shape of entry `i`, in elements in memory."""
         start = int(self.entries[i]["dims"])
         return tuple(self.dims[start : start + int(self.entries[i]["ndim"])].tolist())
+
+    def file(self, name: str, number: int) -> str:
+        """What messages call one file of the checkpoint `name`."""
+        return name if self.files is None else f"{name.rstrip('/')}/{self.files[number]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,6 +292,71 @@ class Plan:
     size: int
     state: Any = field(default=None, repr=False)
     early: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FolderPlan:
+    """Which files a folder to be written holds: what the ``plan`` of such a format returns.
+
+    All paths are relative to it, their components plain and separated by ``/``.
+
+    Attributes
+    ----------
+    paths : list of str
+        For each tensor of the batch the file that its bytes alone make up.
+    texts : dict of str to bytes
+        The small files of the format's own, and what is in them.
+    last : str or None
+        Which of them is written when all else is in place.
+    """
+
+    paths: list[str]
+    texts: dict[str, bytes]
+    last: str | None = None
+
+
+class Part(Protocol):
+    """One file of a folder, as a format that reads single files wants it."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def size(self) -> int: ...  # noqa: D102
+    def peek(self, nbytes: int) -> bytes:
+        """At most its first bytes."""
+
+    def read(self, offset: int, nbytes: int) -> bytes | memoryview:
+        """Exactly those bytes, or FormatError."""
+
+
+class Folder(Protocol):
+    """A folder being read, as formats see it: they do no I/O of their own.
+
+    Every method raises FormatError for what is no regular file, and for a symbolic link unless the
+    format follows them.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    def entries(self, path: str = "") -> Mapping[str, str]:
+        """What is in a sub-folder: names, sorted, and ``"file"``, ``"folder"``, ``"link"`` or
+        ``"other"``.
+        """
+
+    def read(self, paths: Sequence[str], *, most: int) -> list[bytes | None]:
+        """The whole contents of small files; None for those that do not exist.
+
+        Raises
+        ------
+        FormatError
+            One is larger than `most` bytes.
+        """
+
+    def sizes(self, paths: Sequence[str]) -> np.ndarray:
+        """Sizes of files in bytes, as int64; -1 for those that do not exist."""
+
+    def part(self, path: str) -> Part:
+        """One file, for as long as the folder is open; FormatError where it does not exist."""
 
 
 def alignment_order(nbytes: np.ndarray, page: int = 4096) -> np.ndarray:

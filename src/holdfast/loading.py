@@ -10,12 +10,15 @@ import numpy as np
 
 from . import adapters, fetch, objects
 from .adapters import Adapter
+from .annotated import annotate
 from .checkpoint import Reader
+from .dequantize import dequantize, dequantized
 from .errors import FormatError
+from .folder import FolderSource, Origin, open_origin
 from .layout import FOREIGN, Index
 from .pickled import Trust
 from .progress import ProgressArgument, reporting
-from .source import FileLike, Source, open_source
+from .source import FileLike
 from .views import TensorBatch
 
 __all__ = ["LoadOptions", "load_file"]
@@ -35,10 +38,14 @@ class LoadOptions:
         ends the load.
     byteorder : {"little", "big"}, optional
         What a file that could say its byte order and does not is taken for.
+    dequantize : bool
+        Whether blocks of quantized numbers become float32, where their type is known.
     data : bool
         False leaves the tensors' bytes unread: zeros.
     shared : bool
         Whether a map is shared with the file, so that writing to the tensors writes to it.
+    strict : bool
+        Whether a folder that was not saved to its end is an error.
     """
 
     map_location: Any = None
@@ -51,15 +58,19 @@ class LoadOptions:
     trust: Trust = field(default_factory=Trust)
     gate: Callable[[str], None] | None = None
     byteorder: str | None = None
+    dequantize: bool = False
     data: bool = True
     shared: bool = False
+    strict: bool = False
 
 
 def load_file(f: FileLike, options: LoadOptions) -> Any:
     """Load the object in a file."""
     if options.framework is not None:
         adapters.by_name(options.framework)  # so that a bad name is told before a bad file
-    with Reader(open_source(f), verify=options.verify is not False) as reader:
+    with Reader(
+        open_origin(f), verify=options.verify is not False, strict=options.strict
+    ) as reader:
         source, index = reader.source, reader.index
         if options.gate is not None:
             options.gate(index.format)
@@ -89,13 +100,31 @@ def load_file(f: FileLike, options: LoadOptions) -> Any:
         )
         found = made.whole() if chosen is None else made.named(chosen)
         source.leave(index.end)
-        return found
+        if isinstance(index.metadata, dict):
+            return found
+        return annotate(
+            found,
+            dequantized(index) if options.dequantize else index,
+            (reader.paths() if chosen is None else chosen).items(),
+        )
 
 
 def _bring(
-    source: Source, index: Index, rows: np.ndarray, adapter: Adapter, options: LoadOptions
+    source: Origin, index: Index, rows: np.ndarray, adapter: Adapter, options: LoadOptions
 ) -> TensorBatch:
-    """The tensors of these entries in memory, mapped or read."""
+    """The tensors of these entries in memory: mapped, read, or dequantized."""
+    if not options.dequantize or not index.encodings:
+        return _raw(source, index, rows, adapter, options)
+    if not options.data or adapter.dataless(options.map_location):
+        return fetch.blank_tensors(dequantized(index), rows)
+    batch = _raw(source, index, rows, adapter, options)
+    return dequantize(index, batch, rows, threads=options.threads)
+
+
+def _raw(
+    source: Origin, index: Index, rows: np.ndarray, adapter: Adapter, options: LoadOptions
+) -> TensorBatch:
+    """The tensors of these entries as the file has them."""
     mapped = source.local if options.mmap is None else options.mmap
     if not options.data or adapter.dataless(options.map_location):
         return fetch.blank_tensors(index, rows)
@@ -107,14 +136,15 @@ def _bring(
             )
         if check:
             fetch.verify_rows(source, index, rows, threads=options.threads, progress=report)
-        buffer = source.map(index.end, shared=True) if options.shared else None
-        return fetch.map_tensors(source, index, rows, buffer)
+        maps = source.maps(index, shared=True) if options.shared else None
+        return fetch.map_tensors(source, index, rows, maps)
 
 
-def _program(source: Source, kind: str, options: LoadOptions) -> Any:
+def _program(source: Origin, kind: str, options: LoadOptions) -> Any:
     """The program that a file holds."""
     from . import programs
 
+    assert not isinstance(source, FolderSource)  # which no program is kept in
     if options.keys is not None:
         raise ValueError(f"{source.name}: keys= takes tensors, which weights_only=True gives")
     if options.framework not in (None, "torch"):

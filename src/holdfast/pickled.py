@@ -17,7 +17,7 @@ from .adapters import Adapter, available, by_name
 from .collect import opaque, split_kind
 from .dtypes import DTYPES
 from .errors import FormatError, UnsafeError
-from .layout import Index, Persistent
+from .layout import Index, Persistent, Resolver
 from .views import TensorBatch
 
 __all__ = ["PickleAssembler", "Trust"]
@@ -252,14 +252,17 @@ class PickleAssembler:
             )
         if not self._trust.weights_only:
             return self._unpickled()
+        from .lenient import LenientResolver
         from .safe import SafeResolver
 
-        resolver = SafeResolver(
+        resolver: Resolver = SafeResolver(
             self._adapter.name,
             safe_globals=self._trust.safe_globals,
             name=self._name,
             map_location=self._location,
         )
+        if index.inert:
+            resolver = LenientResolver(resolver)
         tensors = self._tensors()
         by_storage: dict[int, Any] | None = None
 

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from . import adapters, formats, objects
+from .annotated import StateDict
 from .collect import collect
 from .formats import Writing
 from .layout import Plan
@@ -37,6 +38,8 @@ class SaveOptions:
     settings : mapping
         What else the format's ``plan`` takes. With ``data`` False among it, room is left for the
         tensors' bytes and none of them is written: they are holes, or zeros.
+    max_shard_size : int or str, optional
+        Where the tensors go to several files: how much to one, as :func:`holdfast.save` has it.
     """
 
     format: str | None = None
@@ -49,14 +52,28 @@ class SaveOptions:
     pickle_module: ModuleType | Any = None
     pickle_protocol: int = 2
     settings: Mapping[str, Any] = field(default_factory=dict)
+    max_shard_size: int | str | None = None
 
 
 def save_file(obj: Any, f: FileLike, options: SaveOptions) -> None:
     """Save an object to a file."""
+    if options.max_shard_size is not None:
+        from . import sharding
+
+        most = sharding.size_of(options.max_shard_size)
+        sharding.save_shards(obj, f, options, most)
+        return
     check_target(f)
     path = os.fsdecode(f) if is_path(f) else ""  # type: ignore[arg-type]
     extension = os.path.splitext(path)[1].lower()
     if _program(obj, f, extension, options):
+        return
+    if type(obj) is StateDict:
+        obj = dict(obj)
+    if options.format == "oneflow":  # no single file, as the others are
+        from .oneflow_saving import save_oneflow
+
+        save_oneflow(obj, f, options)
         return
     form = formats.for_saving(options.format, extension)
     take = {"tree": _as_tree, "arrays": _as_arrays, "array": _as_arrays}.get(

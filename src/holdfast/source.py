@@ -7,18 +7,28 @@ import io
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from . import _engine
+from . import _engine, _engine_py
 from ._buffer import Buffer
 from .errors import FormatError
-from .layout import SEGMENT
+from .layout import SEGMENT, Index
+from .maps import Maps
 
-__all__ = ["FileLike", "Source", "is_path", "open_source", "path_text", "reading"]
+__all__ = [
+    "FileLike",
+    "Maps",
+    "Source",
+    "is_local",
+    "is_path",
+    "open_source",
+    "path_text",
+    "reading",
+]
 
 FileLike = str | bytes | os.PathLike[str] | os.PathLike[bytes] | BinaryIO
 
@@ -47,6 +57,11 @@ _NETWORK = {
 }
 
 
+def is_local(fd: int) -> bool:
+    """Whether a descriptor is of a file system that is not behind a network."""
+    return _engine.filesystem(fd) not in _NETWORK
+
+
 def is_path(f: object) -> bool:
     """Whether `f` names a file, rather than being one."""
     return isinstance(f, str | bytes | os.PathLike)
@@ -72,6 +87,8 @@ class Source:
     ----------
     name : str
         For messages.
+    path : str
+        Of a regular file that was opened by it; else empty.
     size : int
         In bytes, from where the checkpoint begins; -1 for a stream whose end is not known.
     fd : int
@@ -90,6 +107,7 @@ class Source:
         "_start",
         "fd",
         "name",
+        "path",
         "size",
         "stream",
     )
@@ -104,6 +122,7 @@ class Source:
         owned: bool = False,
     ) -> None:
         self.name = name
+        self.path = ""
         self.size = size
         self.fd = fd
         self.stream = stream
@@ -123,7 +142,7 @@ class Source:
     @property
     def local(self) -> bool:
         """Whether a map is the right default: a regular file that is not behind a network."""
-        return self.fd >= 0 and _engine.filesystem(self.fd) not in _NETWORK
+        return self.fd >= 0 and is_local(self.fd)
 
     @property
     def repeatable(self) -> bool:
@@ -156,6 +175,42 @@ class Source:
             head, self._head = self._head, b""
             yield cast(BinaryIO, _Replay(head, self.stream))
 
+    def maps(self, index: Index, rows: np.ndarray | None = None, *, shared: bool = False) -> Maps:
+        """The file that `index` is of, mapped; of a folder, those files that `rows` are in."""
+        del rows
+        return Maps([self.map(index.end, shared=shared)])
+
+    def move(
+        self,
+        segments: np.ndarray,
+        *,
+        layouts: Sequence[_engine.Layout] | None = None,
+        checksum: bool,
+        threads: int = 0,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        """Read `segments`, which are in the order of the file, to their places in memory."""
+        if self.fd >= 0:
+            _engine.read(
+                [self.fd],
+                segments,
+                layouts=layouts,
+                threads=threads,
+                checksum=checksum,
+                progress=progress,
+                filenames=[self.name],
+            )
+            return
+        with self.replay() as stream:
+            _engine_py.read_stream(
+                stream,
+                segments,
+                layouts=layouts,
+                checksum=checksum,
+                progress=progress,
+                name=self.name,
+            )
+
     def map(self, end: int, *, shared: bool = False) -> Buffer:
         """The first `end` bytes of a regular file, mapped: private and writable.
 
@@ -183,6 +238,11 @@ class Source:
             return _engine.map_file(fd, 0, end, self.name, shared=True)
         finally:
             os.close(fd)
+
+    def at(self, file: int) -> Source:
+        """Itself: a checkpoint that is one file has no other."""
+        assert file == 0
+        return self
 
     def peek(self, nbytes: int) -> bytes:
         """At most the first `nbytes` bytes; fewer only where the file ends before."""
@@ -385,7 +445,9 @@ def _open_path(path: str | bytes | os.PathLike[str]) -> Source:
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
         if stat.S_ISREG(status.st_mode):
-            return Source(name, status.st_size, fd)
+            source = Source(name, status.st_size, fd)
+            source.path = name
+            return source
     except BaseException:
         os.close(fd)
         raise

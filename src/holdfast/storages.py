@@ -12,8 +12,9 @@ from . import _engine
 from ._buffer import Buffer
 from .dtypes import BY_NAME, DTYPES
 from .errors import ChecksumError, FormatError
+from .folder import Origin
 from .layout import CHECKED, FOREIGN, SEGMENT, Index
-from .source import Source
+from .maps import Maps
 from .views import DENSE, VIEW, Storages, TensorBatch
 
 __all__ = [
@@ -128,10 +129,10 @@ def segments_of(index: Index, which: np.ndarray) -> np.ndarray:
 
 
 def map_storages(
-    source: Source,
+    source: Origin,
     index: Index,
     which: np.ndarray,
-    buffer: Buffer,
+    maps: Maps,
     place: Place,
     move: Move,
     *,
@@ -140,20 +141,26 @@ def map_storages(
     """Storages over a private, writable map of the file; those unfit for that are read."""
     assert index.storages is not None
     fit = plain(index, which, aligned)
+    mapped = maps.has(index.storages["file"][which])
+    if mapped is not None:
+        fit &= mapped
     storages = _empty(index)
-    storages.owners = [buffer]
+    storages.owners = list(maps.buffers)
     chosen = which[fit]
-    storages.address[chosen] = index.storages["offset"][chosen] + np.uint64(buffer.address)
+    rows = index.storages[chosen]
+    storages.address[chosen], owner = maps.place(rows["offset"], rows["file"])
+    if owner is not None:
+        storages.owner[chosen] = owner
     if not fit.all():
         rest = read_storages(source, index, which[~fit], verify=False, place=place, move=move)
         storages.address[which[~fit]] = rest.address[which[~fit]]
-        storages.owner[which[~fit]] = rest.owner[which[~fit]] + 1
-        storages.owners = [buffer, *rest.owners]
+        storages.owner[which[~fit]] = rest.owner[which[~fit]] + len(maps.buffers)
+        storages.owners = [*maps.buffers, *rest.owners]
     return storages
 
 
 def read_storages(
-    source: Source,
+    source: Origin,
     index: Index,
     which: np.ndarray,
     *,
@@ -222,7 +229,7 @@ def blank(index: Index, which: np.ndarray, place: Place) -> Storages:
 
 
 def checksums(
-    source: Source,
+    source: Origin,
     index: Index,
     which: np.ndarray,
     move: Move,
@@ -264,8 +271,9 @@ def differing(name: str, index: Index, which: np.ndarray, found: np.ndarray) -> 
     for i in bad:
         users = np.flatnonzero(index.storage == which[i]).tolist()
         who = f"tensor {names[users[0]]!r}" if users else f"storage {int(which[i])}"
+        file = index.file(name, int(rows["file"][i]))
         problems.append(
-            f"{name}: {who}: the {int(rows['nbytes'][i])} bytes at offset "
+            f"{file}: {who}: the {int(rows['nbytes'][i])} bytes at offset "
             f"{int(rows['offset'][i])} are damaged: expected CRC-32 {int(rows['crc'][i]):08x}, "
             f"found {int(found[i]):08x}"
         )
@@ -314,29 +322,30 @@ def _bytes_of(storages: Storages, row: int) -> np.ndarray:
     return found[start : start + int(storages.nbytes[row])]
 
 
-def _inflate(source: Source, index: Index, row: int, target: np.ndarray) -> None:
+def _inflate(source: Origin, index: Index, row: int, target: np.ndarray) -> None:
     """Inflate one storage to exactly its size; it has no way to take more memory than that."""
     assert index.storages is not None
     at = index.storages[row]
+    part = source.at(int(at["file"]))
     machine = zlib.decompressobj(-zlib.MAX_WBITS)
     done, offset, left = 0, int(at["offset"]), int(at["packed"])
     skip = int(at["skip"])
     problem = ""
     try:
         while left and not machine.eof:
-            data = source.read(offset, min(left, 1 << 20))
+            data = part.read(offset, min(left, 1 << 20))
             offset, left = offset + len(data), left - len(data)
             while not machine.eof:
                 room = max(1, min(skip + len(target) - done, 1 << 20))
-                part = machine.decompress(data, room)
+                some = machine.decompress(data, room)
                 data = machine.unconsumed_tail
-                full = len(part) == room  # then more may come of what it has taken in
-                skip, part = skip - min(skip, len(part)), part[skip:]
-                if len(part) > len(target) - done:
+                full = len(some) == room  # then more may come of what it has taken in
+                skip, some = skip - min(skip, len(some)), some[skip:]
+                if len(some) > len(target) - done:
                     problem = "inflates to more"
                     break
-                target[done : done + len(part)] = np.frombuffer(part, np.uint8)
-                done += len(part)
+                target[done : done + len(some)] = np.frombuffer(some, np.uint8)
+                done += len(some)
                 if not data and not full:
                     break
             if problem:
@@ -347,6 +356,6 @@ def _inflate(source: Source, index: Index, row: int, target: np.ndarray) -> None
         problem = f"inflates to {done} bytes"
     if problem:
         raise FormatError(
-            f"{source.name}: deflated storage at offset {int(at['offset'])}: expected "
+            f"{part.name}: deflated storage at offset {int(at['offset'])}: expected "
             f"{len(target)} bytes, {problem}"
         )

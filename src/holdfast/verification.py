@@ -9,8 +9,9 @@ import numpy as np
 from . import fetch, storages
 from .checkpoint import Reader
 from .errors import FormatError
+from .folder import Origin, open_origin
 from .layout import CHECKED, Index
-from .source import FileLike, Source, open_source
+from .source import FileLike
 
 __all__ = ["Report", "verify_file"]
 
@@ -44,13 +45,12 @@ class Report:
 
 def verify_file(f: FileLike, *, threads: int) -> Report:
     """What :func:`holdfast.verify` does."""
-    source = open_source(f)
     try:
-        reader = Reader(source)
+        reader = Reader(open_origin(f))
     except FormatError as error:
         return Report([str(error)], 0, 0)
     with reader:
-        index = reader.index
+        source, index = reader.source, reader.index
         rows = np.arange(len(index), dtype=np.int64)
         if index.storages is not None:
             return _verify_storages(source, index, threads)
@@ -61,14 +61,16 @@ def verify_file(f: FileLike, *, threads: int) -> Report:
             fetch.move(source, segments, verify=True, threads=threads)
         except FormatError as error:
             return Report([str(error)], 0, len(index))
-        bad = np.flatnonzero(segments["crc"] != index.crcs).tolist()
+        has, expected = fetch.expected_crcs(index, rows)
+        bad = np.flatnonzero(has & (segments["crc"] != expected)).tolist()
         problems = [
             fetch.mismatch(source.name, index, row, int(segments["crc"][row])) for row in bad
         ]
-        return Report(problems, len(index), 0)
+        checked = int(has.sum())
+        return Report(problems, checked, len(index) - checked)
 
 
-def _verify_storages(source: Source, index: Index, threads: int) -> Report:
+def _verify_storages(source: Origin, index: Index, threads: int) -> Report:
     """The same for a file whose checksums are those of storages."""
     assert index.storages is not None
     assert index.storage is not None
@@ -84,7 +86,7 @@ def _verify_storages(source: Source, index: Index, threads: int) -> Report:
     return Report(problems, checked, len(index) - checked)
 
 
-def _verify_others(source: Source, index: Index, threads: int) -> list[str]:
+def _verify_others(source: Origin, index: Index, threads: int) -> list[str]:
     """What is wrong with the parts of a file that no tensor is made of."""
     if index.others is None:
         return []

@@ -159,3 +159,32 @@ def test_a_dtype_that_cannot_be_made_is_told_first(
     with pytest.raises(TypeError, match="x: bfloat16.*pip install ml_dtypes"):
         holdfast.load_into(target, tmp_path / "x")
     assert not target["a"].any()
+
+
+def test_part_of_a_network_under_other_names(tmp_path: Path) -> None:
+    stored = {"module.backbone.w": np.ones(2), "module.head.w": np.full(3, 2.0)}
+    holdfast.save(stored, tmp_path / "x")
+    target = {"w": np.zeros(2)}
+
+    keys = holdfast.load_into(target, tmp_path / "x", prefix="backbone.", rename={r"^module\.": ""})
+
+    assert keys == ([], [])
+    assert target["w"].tolist() == [1.0, 1.0]
+    other = {"neck.w": np.zeros(3), "v": np.zeros(2)}
+    rules = {r"^module\.": "", r"^head\.(\w+)$": r"neck.\1", r"^backbone\.w$": "v"}
+    holdfast.load_into(other, tmp_path / "x", rename=rules)
+    assert other["neck.w"].tolist() == [2.0] * 3 and other["v"].tolist() == [1.0] * 2
+
+
+def test_renaming_that_cannot_be(tmp_path: Path) -> None:
+    holdfast.save({"a.w": np.ones(2), "b.w": np.ones(2)}, tmp_path / "x")
+    target = {"w": np.zeros(2)}
+    for rename, error, text in (
+        ({"(": ""}, ValueError, "no regular expression"),
+        ({"^(.)": r"\2"}, ValueError, "group"),
+        ({"^[ab]\\.": ""}, ValueError, "'w' of both 'a.w' and 'b.w'"),
+        ({"a": 3}, TypeError, "str to str"),
+    ):
+        with pytest.raises(error, match=text):
+            holdfast.load_into(target, tmp_path / "x", rename=rename)  # type: ignore[arg-type]
+    assert not target["w"].any()

@@ -15,7 +15,7 @@ import holdfast
 PACKAGE = Path(holdfast.__file__).parent
 CSRC = Path(__file__).parents[2] / "csrc"
 TREE = {"tree", "_tree_decode", "_tree_flatten", "_tree_json"}
-WAIST = {"dtypes", "views", "layout", "errors", "_buffer", "_placed"} | TREE
+WAIST = {"dtypes", "views", "layout", "structure", "errors", "_buffer", "_placed"} | TREE
 IO = {"os", "io", "mmap", "shutil", "tempfile", "pathlib", "socket", "subprocess", "ctypes"}
 FRAMEWORKS = {"torch", "cupy", "jax", "oneflow", "tensorflow", "ml_dtypes"}
 
@@ -46,7 +46,7 @@ def imports(path: Path) -> set[str]:
 def own(names: set[str]) -> set[str]:
     """Those of `names` that are modules of this package."""
     tops = {path.stem for path in PACKAGE.iterdir()} | {"adapters", "formats"}
-    tops -= {"numpy", "torch"}  # which the frameworks are called, too
+    tops -= {"numpy", "torch", "oneflow"}  # which the frameworks are called, too
     return {name for name in names if name.split(".")[0].split("-")[0] in tops}
 
 

@@ -6,21 +6,32 @@ the tables here.
 
 from __future__ import annotations
 
+import errno
 import importlib
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import numpy as np
 
 from ..errors import FormatError
-from ..layout import Index, Pieces, Plan
+from ..layout import Folder, Index, Pieces, Plan
 from ..views import TensorBatch
 
 #: ``read(offset, nbytes)``: exactly those bytes of the file, or FormatError.
 Read = Callable[[int, int], bytes | memoryview]
 
-__all__ = ["PREFIX", "Reading", "Writing", "checksummed", "for_saving", "recognise"]
+__all__ = [
+    "PREFIX",
+    "FolderReading",
+    "Reading",
+    "Writing",
+    "checksummed",
+    "for_saving",
+    "of_folders",
+    "recognise",
+    "recognise_folder",
+]
 
 #: How many bytes of a file :func:`recognise` wants to see.
 PREFIX = 512
@@ -44,6 +55,24 @@ class Reading(Protocol):
 
     def index(self, read: Read, size: int, name: str, *, verify: bool) -> Index:
         """Find the tensors. `read(offset, nbytes)` returns exactly that or raises FormatError."""
+
+
+class FolderReading(Protocol):
+    """What the module of a format whose checkpoints are folders offers to a load.
+
+    Attributes
+    ----------
+    LINKS : bool
+        Whether symbolic links in such a folder are followed.
+    """
+
+    LINKS: bool
+
+    def sniff_folder(self, folder: Folder) -> bool:
+        """Whether a folder is of this format."""
+
+    def index_folder(self, folder: Folder, *, verify: bool, strict: bool) -> Index:
+        """Find the tensors. With `strict`, a folder not saved to its end is a FormatError."""
 
 
 class Writing(Protocol):
@@ -85,7 +114,19 @@ class Writing(Protocol):
 
 
 #: Modules that read, in the order in which they are asked whether a file is theirs.
-_READERS = ("safetensors", "archive", "torch_legacy", "torch_tar", "npy")
+_READERS = (
+    "safetensors",
+    "archive",
+    "torch_legacy",
+    "torch_tar",
+    "npy",
+    "gguf",
+    "oneflow_file",
+    "shards",
+)
+
+#: Modules that read folders, likewise.
+_FOLDERS = ("oneflow_pickle", "oneflow_snapshot", "shards")
 
 #: What ``format=`` calls a format -> the module that writes it.
 _WRITERS = {
@@ -112,7 +153,6 @@ _EXTENSIONS = {
 
 #: First bytes of what others write, so that a file of another kind is called by its name.
 _FOREIGN = (
-    (b"GGUF", "a GGUF file"),
     (b"\x80\x02", "a pickle"),
     (b"\x80\x03", "a pickle"),
     (b"\x80\x04", "a pickle"),
@@ -147,7 +187,7 @@ def for_saving(name: str | None, extension: str) -> Writing:
     chosen = name if name is not None else _EXTENSIONS.get(extension, _EXTENSIONS[""])
     if chosen in _WRITERS:
         return cast(Writing, _module(_WRITERS[chosen]))
-    known = ", ".join(repr(text) for text in _WRITERS)
+    known = ", ".join(repr(text) for text in (*_WRITERS, "oneflow"))
     if chosen == "pt2":
         raise ValueError(
             "a path that ends in '.pt2' is for exported programs (torch.export); choose another "
@@ -161,7 +201,41 @@ def for_saving(name: str | None, extension: str) -> Writing:
     raise ValueError(f"format {name!r} is unknown; known are {known}")
 
 
-def recognise(prefix: bytes, size: int, name: str) -> Reading:
+def of_folders(form: Reading | FolderReading) -> TypeGuard[FolderReading]:
+    """Whether the tensors of a format are in several files."""
+    return hasattr(form, "index_folder")
+
+
+def recognise_folder(folder: Folder) -> FolderReading:
+    """The format of a folder.
+
+    Raises
+    ------
+    FormatError
+        None of those known here, but one that is known by name.
+    IsADirectoryError
+        It is no checkpoint at all; the message says what is in it.
+    """
+    for text in _FOLDERS:
+        module = cast(FolderReading, _module(text))
+        if module.sniff_folder(folder):
+            return module
+    found = list(folder.entries())
+    if ".metadata" in found or any(name.endswith(".distcp") for name in found):
+        raise FormatError(
+            f"{folder.name}: this is a folder of torch.distributed.checkpoint, which cannot be "
+            "read here"
+        )
+    shown = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
+    raise IsADirectoryError(
+        errno.EISDIR,
+        "Is a directory, and no checkpoint: expected snapshot_done, pickled_data or an index of "
+        f"shards in it, found {shown or 'nothing'}",
+        folder.name,
+    )
+
+
+def recognise(prefix: bytes, size: int, name: str) -> Reading | FolderReading:
     """The format of a file that begins with `prefix`, whatever its name ends in.
 
     Raises
@@ -170,9 +244,9 @@ def recognise(prefix: bytes, size: int, name: str) -> Reading:
         None of those known here; the message says which it seems to be.
     """
     for text in _READERS:
-        module = cast(Reading, _module(text))
+        module = _module(text)
         if module.sniff(prefix, size):
-            return module
+            return cast("Reading | FolderReading", module)
     if size == 0 or not prefix:
         raise FormatError(f"{name}: the file is empty")
     for magic, kind in _FOREIGN:

@@ -1,4 +1,4 @@
-from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint16_t, uint64_t
+from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ._inert cimport Storage, Tensor
 from ._pickle cimport Machine
@@ -67,9 +67,9 @@ cdef struct Row:
     uint64_t offset
     uint64_t nbytes
     int64_t dims
-    int32_t dtype
+    int16_t dtype
     int16_t ndim
-    uint16_t file
+    uint32_t file
 
 
 # A storage: elements, bytes, the code in its persistent id, and that of the type it is kept as.

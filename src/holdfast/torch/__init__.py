@@ -16,6 +16,7 @@ same for programs. Whatever differs from torch on purpose stands in the notes of
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import pickle
@@ -149,6 +150,8 @@ def load(
     refuses it, since the program that it holds is code.
     """
     call = _arguments.loading(f, pickle_module, weights_only, mmap, pickle_load_args)
+    if call.is_path and os.path.isdir(f):  # type: ignore[arg-type]
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(f))  # type: ignore[arg-type]
     options = LoadOptions(
         map_location=map_location,
         mmap=call.mmap,

@@ -1,0 +1,348 @@
+"""A folder that bytes come from: a checkpoint of many files."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+
+from . import _engine
+from ._buffer import Buffer
+from .errors import FormatError
+from .layout import Index
+from .maps import Maps
+from .source import FileLike, Source, is_local, is_path, open_source
+
+__all__ = ["FolderSource", "Origin", "beside", "open_origin"]
+
+#: Files of less are read whole, opened and closed one by one: a map of one, or a descriptor kept
+#: open for it, would cost more than its bytes.
+SMALL = 64 << 10
+#: How many files are open at a time while they are read; a process may have 1024 in all.
+DESCRIPTORS = 256
+#: Room for the content of a small file at the first try, and how many are read in one go.
+ROOM = 1 << 10
+TOGETHER = 1 << 14
+
+#: What is wrong with a file that was not to be had, for messages.
+_WRONG = {
+    errno.ELOOP: "a symbolic link, which is not followed",
+    errno.EISDIR: "a folder, expected a file",
+    errno.EINVAL: "neither a file nor a folder",
+}
+
+
+class FolderSource:
+    """A folder being read; for the rest of the library what :class:`holdfast.source.Source` is.
+
+    Attributes
+    ----------
+    name : str
+        For messages.
+    start : str
+        Name of the file in it that was asked for, where it was one; else empty.
+    links : bool
+        Whether symbolic links are followed: by formats whose writers make some.
+    files : sequence of str
+        The files that the index of the checkpoint counts, once there is one.
+    """
+
+    __slots__ = ("_fd", "_parts", "_top", "files", "links", "name", "start")
+
+    mappable = True
+    repeatable = True
+
+    def __init__(self, path: str | bytes | os.PathLike[str], start: str = "") -> None:
+        self.name = os.fsdecode(path)
+        self.start = start
+        self.links = False
+        self.files: Sequence[str] = ()
+        self._parts: dict[str, Source] = {}
+        self._top: tuple[bool, Mapping[str, str]] | None = None  # what is in it, listed once
+        self._fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    @property
+    def local(self) -> bool:
+        """Whether maps are the right default."""
+        return is_local(self._fd)
+
+    def leave(self, end: int) -> None:
+        """Nothing: a folder has no position."""
+
+    def close(self) -> None:
+        """Close all that is open."""
+        for part in self._parts.values():
+            part.close()
+        self._parts.clear()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    # What formats ask for.
+
+    def entries(self, path: str = "") -> Mapping[str, str]:
+        """What is in a sub-folder, by name."""
+        if not path and self._top is not None and self._top[0] == self.links:
+            return self._top[1]
+        fd = self._folder(path)
+        try:
+            with os.scandir(fd) as inside:
+                kinds = {entry.name: self._kind(entry) for entry in inside}
+        finally:
+            os.close(fd)
+        found = dict(sorted(kinds.items()))
+        if not path:
+            self._top = self.links, found
+        return found
+
+    def read(self, paths: Sequence[str], *, most: int) -> list[bytes | None]:
+        """The whole contents of small files; None for those that do not exist."""
+        contents: list[bytes | None] = []
+        for begin in range(0, len(paths), TOGETHER):
+            some = paths[begin : begin + TOGETHER]
+            room = np.full(len(some), min(ROOM, most), np.uint64)
+            contents += self._contents(some, room, most)
+        return contents
+
+    def sizes(self, paths: Sequence[str]) -> np.ndarray:
+        """Sizes of files; -1 for those that do not exist."""
+        nothing = np.zeros(len(paths), np.uint64)
+        return self._take(paths, nothing, nothing)
+
+    def part(self, path: str) -> Source:
+        """One file, open for as long as the folder is."""
+        if path not in self._parts:
+            while len(self._parts) >= DESCRIPTORS:
+                self._parts.pop(next(iter(self._parts))).close()
+            try:
+                fd = _engine.open_beneath(self._fd, os.fsencode(path), links=self.links)
+            except OSError as error:
+                raise self._problem(path, error.errno or errno.EIO) from None
+            self._parts[path] = Source(self._called(path), os.fstat(fd).st_size, fd)
+        return self._parts[path]
+
+    def at(self, file: int) -> Source:
+        """One of `files`."""
+        return self.part(self.files[file])
+
+    # What a load asks for.
+
+    def maps(self, index: Index, rows: np.ndarray | None = None, *, shared: bool = False) -> Maps:
+        """Those files mapped that entries are in, of all of them or of `rows`, but small ones."""
+        extents = index.entries if index.storages is None else index.storages
+        ends = np.zeros(len(self.files), np.uint64)
+        np.maximum.at(ends, extents["file"], extents["offset"] + extents["nbytes"])
+        wanted = ends >= (1 if shared else SMALL)
+        if rows is not None:
+            used = np.zeros(len(ends), bool)
+            used[index.entries["file"][rows]] = True
+            wanted &= used
+        owner = np.full(len(ends), -1, np.int64)
+        buffers: list[Buffer] = []
+        for file in np.flatnonzero(wanted).tolist():
+            owner[file] = len(buffers)
+            buffers.append(self.at(file).map(int(ends[file]), shared=shared))
+        return Maps(buffers, owner)
+
+    def move(
+        self,
+        segments: np.ndarray,
+        *,
+        layouts: Sequence[_engine.Layout] | None = None,
+        checksum: bool,
+        threads: int = 0,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        """Read `segments`, which are in the order of the files, to their places in memory."""
+        done = 0
+        plain = np.ones(len(segments), bool)
+        if layouts:
+            plain[[layout[0] for layout in layouts]] = False
+        if checksum or not len(segments):
+            plain[:] = False
+        file = segments["file"]
+        alone = np.ones(len(segments), bool)
+        alone[1:] &= file[1:] != file[:-1]
+        alone[:-1] &= file[1:] != file[:-1]
+        small = plain & alone & (segments["offset"] == 0) & (segments["nbytes"] < SMALL)
+        if small.any():
+            self._move_small(segments[small], threads)
+            done = int(segments["nbytes"][small].sum())
+            if progress is not None:
+                progress(done)
+        rest = np.flatnonzero(~small & (segments["nbytes"] > 0))
+        for group in self._groups(file[rest]):
+            chosen = rest[group]
+            part = np.ascontiguousarray(segments[chosen])
+            numbers, part["file"] = np.unique(part["file"], return_inverse=True)
+            _engine.read(
+                [self.at(number).fd for number in numbers.tolist()],
+                part,
+                layouts=_chosen(layouts, chosen),
+                threads=threads,
+                checksum=checksum,
+                progress=_behind(progress, done),
+                filenames=[self._called(self.files[number]) for number in numbers.tolist()],
+            )
+            segments["crc"][chosen] = part["crc"]
+            done += int(part["nbytes"].sum())
+
+    # How.
+
+    def _groups(self, file: np.ndarray) -> Iterator[slice]:
+        """Runs of segments in no more files than may be open at a time."""
+        starts = np.flatnonzero(np.diff(file, prepend=np.iinfo(file.dtype).max)).tolist()
+        edges = [*starts[::DESCRIPTORS], len(file)]
+        for begin, end in itertools.pairwise(edges):
+            yield slice(begin, end)
+
+    def _move_small(self, segments: np.ndarray, threads: int) -> None:
+        """Read files whole, each into the memory of its only segment."""
+        paths = [self.files[number] for number in segments["file"].tolist()]
+        nbytes = segments["nbytes"]
+        room = np.where(segments["address"] > 0, nbytes, 0).astype(np.uint64)
+        found = self._take(paths, np.ascontiguousarray(segments["address"]), room, threads)
+        short = np.flatnonzero(found < nbytes.astype(np.int64))
+        if len(short):
+            i = int(short[0])
+            raise FormatError(
+                f"{self._called(paths[i])}: needs {int(nbytes[i])} bytes, found {int(found[i])}: "
+                "the file was cut meanwhile"
+            )
+
+    def _contents(self, paths: Sequence[str], room: np.ndarray, most: int) -> list[bytes | None]:
+        ends = np.cumsum(room)
+        memory = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+        starts = ends - room
+        sizes = self._take(paths, starts + np.uint64(memory.ctypes.data), room)
+        large = np.flatnonzero(sizes > room.astype(np.int64)).tolist()
+        for i in large:
+            if int(sizes[i]) > most:
+                raise FormatError(
+                    f"{self._called(paths[i])}: expected at most {most} bytes, "
+                    f"found {int(sizes[i])}"
+                )
+        data = memory.tobytes()
+        found: list[bytes | None] = [
+            None if size < 0 else data[start : start + size]
+            for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)
+        ]
+        for i in large:
+            part = self.part(paths[i])
+            found[i] = bytes(part.read(0, int(sizes[i])))
+        return found
+
+    def _take(
+        self, paths: Sequence[str], address: np.ndarray, room: np.ndarray, threads: int = 0
+    ) -> np.ndarray:
+        """Sizes of files, of which the first bytes go to `address`; -1 where there is none."""
+        sizes = _engine.read_files(
+            self._fd,
+            [os.fsencode(path) for path in paths],
+            address,
+            room,
+            links=self.links,
+            threads=threads,
+        )
+        absent = (sizes == -errno.ENOENT) | (sizes == -errno.ENOTDIR)
+        bad = np.flatnonzero((sizes < 0) & ~absent)
+        if len(bad):
+            raise self._problem(paths[int(bad[0])], -int(sizes[bad[0]]))
+        sizes[absent] = -1
+        return cast(np.ndarray, sizes)
+
+    def _problem(self, path: str, error: int) -> Exception:
+        """What to raise for a file that could not be had."""
+        name = self._called(path)
+        if error in _WRONG:
+            return FormatError(f"{name}: is {_WRONG[error]}")
+        if error in (errno.ENOENT, errno.ENOTDIR):
+            return FormatError(f"{name}: a file of the checkpoint is missing")
+        return OSError(error, os.strerror(error), name)
+
+    def _called(self, path: str) -> str:
+        return f"{self.name.rstrip('/')}/{path}"
+
+    def _folder(self, path: str) -> int:
+        """A descriptor of a sub-folder, reached through no link."""
+        fd = os.dup(self._fd)
+        try:
+            for name in path.split("/") if path else ():
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+                try:
+                    deeper = os.open(name, flags | (not self.links and os.O_NOFOLLOW), dir_fd=fd)
+                except NotADirectoryError:
+                    raise FormatError(
+                        f"{self._called(path)}: expected a folder, found a file or a link"
+                    ) from None
+                except OSError as error:
+                    raise self._problem(path, error.errno or errno.EIO) from None
+                os.close(fd)
+                fd = deeper
+            return fd
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _kind(self, entry: os.DirEntry[str]) -> str:
+        try:
+            if not self.links and entry.is_symlink():
+                return "link"
+            if entry.is_file(follow_symlinks=self.links):
+                return "file"
+            return "folder" if entry.is_dir(follow_symlinks=self.links) else "other"
+        except OSError:  # gone meanwhile
+            return "other"
+
+
+#: Where the bytes of a checkpoint come from.
+Origin = Source | FolderSource
+
+
+def open_origin(f: FileLike) -> Origin:
+    """Open a file or a folder for reading.
+
+    Raises
+    ------
+    OSError, TypeError
+        As :func:`holdfast.source.open_source`.
+    """
+    if is_path(f) and os.path.isdir(f):  # type: ignore[arg-type]
+        return FolderSource(f)  # type: ignore[arg-type]
+    return open_source(f)
+
+
+def beside(source: Source) -> FolderSource:
+    """The folder of a file that says which others make up the checkpoint; closes `source`.
+
+    Raises
+    ------
+    FormatError
+        It is a file object, which does not say where it is.
+    """
+    if not source.path:
+        raise FormatError(f"{source.name}: names files beside it, so it has to be given as a path")
+    folder, name = os.path.split(source.path)
+    source.close()
+    return FolderSource(folder or ".", name)
+
+
+def _chosen(
+    layouts: Sequence[_engine.Layout] | None, chosen: np.ndarray
+) -> list[_engine.Layout] | None:
+    """The layouts of some segments, counted among those."""
+    if not layouts:
+        return None
+    place = dict(zip(chosen.tolist(), range(len(chosen)), strict=True))
+    return [(place[layout[0]], *layout[1:]) for layout in layouts if layout[0] in place]
+
+
+def _behind(progress: Callable[[int], object] | None, done: int) -> Callable[[int], object] | None:
+    """`progress` for what comes after `done` bytes."""
+    if progress is None or not done:
+        return progress
+    return lambda more: progress(done + more)

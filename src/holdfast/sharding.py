@@ -1,0 +1,230 @@
+"""Saving a checkpoint as several files with an index of which tensor is in which.
+
+Every file but the index is written under a name that the checkpoint in the folder does not use, so
+that the moment at which the index is replaced is the one at which the new checkpoint is there. What
+only the old one used is removed after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from . import formats, objects
+from .collect import Collection, collect
+from .formats import shards
+from .layout import Pieces, Plan
+from .progress import reporting
+from .publish import write_out
+from .saving import SaveOptions
+from .source import is_path
+from .views import TensorBatch
+
+__all__ = ["save_shards", "size_of"]
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+#: What shards are called that were written here, or by Hugging Face's tools.
+_OURS = re.compile(r"model(\.next)?(-\d{5}-of-\d{5})?\.safetensors")
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def size_of(most: int | str) -> int:
+    """Bytes of a size such as ``5_000_000_000``, ``"5GB"`` (of 1000) or ``"5GiB"`` (of 1024).
+
+    Examples
+    --------
+    >>> size_of("5GB"), size_of("1.5 KiB"), size_of(7)
+    (5000000000, 1536, 7)
+    """
+    if isinstance(most, bool) or not isinstance(most, int | str):
+        raise TypeError(
+            f"max_shard_size must be an int or a str such as '5GB', not {type(most).__name__}"
+        )
+    found = most
+    if isinstance(most, str):
+        match = _SIZE.fullmatch(most.strip())
+        if match is None:
+            raise ValueError(f"max_shard_size: expected a size such as '5GB', found {most!r}")
+        number, unit, binary = match.groups()
+        found = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
+    assert isinstance(found, int)
+    if found < 1:
+        raise ValueError(f"max_shard_size must be at least one byte, not {most!r}")
+    return found
+
+
+def save_shards(obj: Any, f: object, options: SaveOptions, most: int) -> None:
+    """Save an object to files of at most `most` bytes of tensors in the folder `f`.
+
+    The folder is made where there is none; other files in it stay. What fits into one file is
+    written as one, without an index.
+    """
+    if not is_path(f):
+        raise TypeError("max_shard_size= writes several files: give the path of a folder")
+    if options.format not in (None, "safetensors"):
+        raise ValueError(f"max_shard_size= writes safetensors files, not {options.format!r}")
+    folder = os.fsdecode(f)  # type: ignore[arg-type]
+    if os.path.splitext(folder)[1].lower() == ".safetensors":
+        raise ValueError(f"{folder}: max_shard_size= writes several files: give a folder for them")
+    flat, blobs = objects.flatten(obj)
+    found = collect(flat.names, flat.leaves)
+    tree = objects.tree_of(flat, blobs, found)
+    groups = shards.split(found.batch.views["nbytes"].tolist(), most)
+    made = _make_folder(folder)
+    old = _used(folder)
+    try:
+        if len(groups) == 1:
+            _write(folder, _SINGLE, found, groups[0], tree, options, None)
+            _remove(folder, [_INDEX])
+            names = [_SINGLE]
+        else:
+            names = shards.shard_names(len(groups), sorted(old))
+            _write_all(folder, names, groups, found, tree, options)
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        raise
+    stale = [name for name in os.listdir(folder) if _OURS.fullmatch(name) or name in old]
+    _remove(folder, [name for name in stale if name not in names])
+    if options.durable:
+        _flush(folder)
+
+
+def _make_folder(folder: str) -> bool:
+    """Make a folder, if there is none; whether there was none."""
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        if not os.path.isdir(folder):
+            raise NotADirectoryError(f"{folder}: shards are written to a folder") from None
+        return False
+    return True
+
+
+def _used(folder: str) -> set[str]:
+    """The files of the checkpoint that is in a folder."""
+    try:
+        with open(os.path.join(folder, _INDEX), "rb") as file:
+            return shards.weight_files(file.read())
+    except FileNotFoundError:
+        return {_SINGLE} if os.path.lexists(os.path.join(folder, _SINGLE)) else set()
+
+
+def _write_all(
+    folder: str,
+    names: list[str],
+    groups: list[range],
+    found: Collection,
+    tree: object,
+    options: SaveOptions,
+) -> None:
+    """Write all shards, and then the index."""
+    weight_map = {
+        found.names[row]: name for name, rows in zip(names, groups, strict=True) for row in rows
+    }
+    total = int(found.batch.views["nbytes"].sum())
+    text = shards.index_text(
+        weight_map, total, framework=found.framework, metadata=options.metadata, tree=tree
+    )
+    written: list[str] = []
+    try:
+        with reporting(options.progress, total) as report:
+            done = 0
+            for name, rows in zip(names, groups, strict=True):
+                written.append(name)
+                own = int(found.batch.views["nbytes"][rows.start : rows.stop].sum())
+                _write(folder, name, found, rows, None, options, _behind(report, done, own))
+                done += own
+            _write_text(os.path.join(folder, _INDEX), text, options.durable)
+    except BaseException:
+        _remove(folder, written)
+        raise
+
+
+def _write(
+    folder: str,
+    name: str,
+    found: Collection,
+    rows: range,
+    tree: object,
+    options: SaveOptions,
+    progress: Callable[[int, int], object] | None,
+) -> None:
+    """Write some of the tensors as one file."""
+    form = formats.for_saving("safetensors", "")
+    batch = found.batch
+    part = TensorBatch(batch.views[rows.start : rows.stop], batch.dims, batch.owners, batch.strides)
+    whole = len(rows) == len(found.names)
+    plan = form.plan(
+        found.names[rows.start : rows.stop],
+        part,
+        framework=found.framework,
+        metadata=options.metadata if whole else None,
+        structure=tree,
+        checksum=options.checksum,
+        stem="",
+    )
+    write_out(
+        os.path.join(folder, name),
+        plan,
+        part,
+        form.seal,
+        durable=options.durable,
+        checksum=options.checksum,
+        threads=options.threads,
+        progress=options.progress if whole else progress,
+    )
+
+
+def _write_text(path: str, text: bytes, durable: bool) -> None:
+    """Replace a file by one with this content."""
+    nothing = TensorBatch.of([])
+    write_out(
+        path,
+        Plan(offsets=np.zeros(0, np.uint64), size=len(text)),
+        nothing,
+        lambda plan, crcs, early=False: Pieces.one(text, 0),  # noqa: ARG005
+        durable=durable,
+        checksum=False,
+        threads=0,
+        progress=None,
+    )
+
+
+def _behind(
+    report: Callable[[int], object] | None, done: int, own: int
+) -> Callable[[int, int], object] | None:
+    """Progress of one shard of `own` bytes of tensors as part of that of all."""
+    if report is None:
+        return None
+    return lambda more, _: report(done + min(more, own))
+
+
+def _remove(folder: str, names: list[str]) -> None:
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
+
+
+@contextlib.contextmanager
+def _descriptor(folder: str) -> Iterator[int]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _flush(folder: str) -> None:
+    """Have the names in a folder, and its own, on the device."""
+    for path in (folder, os.path.dirname(os.path.abspath(folder))):
+        with _descriptor(path) as fd:
+            os.fsync(fd)
