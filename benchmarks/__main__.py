@@ -26,6 +26,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     made.add_argument("--workloads", default=names, help=f"comma-separated; default {names}")
     made.add_argument("--ops", default=",".join(OPERATIONS), help="comma-separated; default all")
+    made.add_argument(
+        "--contenders", default="", help="whole names, separated by semicolons; default all"
+    )
     made.add_argument("--samples", type=int, default=5, help="of each figure; default 5")
     made.add_argument("--scale", type=float, default=1.0, help="of every workload; default 1")
     made.add_argument("--dir", type=Path, help="where the files are written; default: a temporary")
@@ -48,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     ops = arguments.ops.split(",")
     if unknown := [name for name in ops if name not in OPERATIONS]:
         made.error(f"unknown operation {unknown[0]!r}; there are {', '.join(OPERATIONS)}")
+    only = frozenset(filter(None, arguments.contenders.split(";")))
+    if unknown := sorted(only - {contender.name for contender in CONTENDERS}):
+        made.error(f"unknown contender {unknown[0]!r}; --list says which there are")
     if arguments.samples < 1 or arguments.scale <= 0:
         made.error("--samples has to be at least 1, --scale above 0")
     try:
@@ -63,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("w") as f:
             write_line(f, "machine", run.machine)
-            record(run, chosen, ops, arguments.samples, arguments.scale, directory, f)
+            record(run, chosen, ops, only, arguments.samples, arguments.scale, directory, f)
     finally:
         shutil.rmtree(directory)
     text = report.markdown(run)
@@ -77,6 +83,7 @@ def _asked(arguments: argparse.Namespace) -> dict[str, object]:
     return {
         "workloads": arguments.workloads,
         "ops": arguments.ops,
+        "contenders": arguments.contenders,
         "samples": arguments.samples,
         "scale": arguments.scale,
     }
@@ -86,12 +93,13 @@ def record(
     run: Run,
     chosen: list[Workload],
     ops: list[str],
+    only: frozenset[str],
     samples: int,
     scale: float,
     directory: Path,
     out: TextIO,
 ) -> None:
-    """Measure, keeping each sample in `run` and at once in `out`."""
+    """Measure, keeping each sample in `run` and at once in `out`; all, or `only` some."""
 
     def skipped(skip: Skip) -> None:
         run.skips.append(skip)
@@ -110,10 +118,10 @@ def record(
         material = Material.of(workload, scale)
         for operation in operations.OPERATIONS:
             if operation.name in ops and operation.name in workload.operations:
-                found = operations.measure(material, operation, samples, directory, skipped)
+                found = operations.measure(material, operation, samples, directory, skipped, only)
                 keep(f"{workload.name} {operation.name}", found)
         for path in directory.iterdir():
-            path.unlink()
+            operations.remove(path)
         # The processes that are measured build their own copy: one at a time is enough.
         nbytes, count = material.nbytes, material.count
         del material

@@ -147,9 +147,10 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender(
         "bare files",
         "limit",
-        "numpy",
+        "torch",
         "snapshot",
         {"save": lambda job: limits.write_files(job.obj, job.path)},
+        ("torch",),
     ),
     Contender(
         "holdfast, 8 shards",

@@ -144,13 +144,13 @@ def write(block: Block, path: Path, *, direct: bool, durable: bool) -> None:
         sync_directory(path)
 
 
-def write_files(arrays: Mapping[str, np.ndarray], path: Path) -> None:
-    """A folder for each array, and in it its elements and a text: what a snapshot is made of.
+def write_files(tensors: Mapping[str, Any], path: Path) -> None:
+    """A folder for each tensor, and in it its elements and a text: what a snapshot is made of.
 
     By as many threads as there are cores, each with folders of its own.
     """
     path.mkdir()
-    names = list(arrays)
+    names = list(tensors)
     dirfd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
@@ -161,7 +161,7 @@ def write_files(arrays: Mapping[str, np.ndarray], path: Path) -> None:
 
     def work(offset: int, length: int) -> None:
         for name in names[offset // CHUNK :: CPU_THREADS]:
-            array = arrays[name]
+            array = tensors[name].numpy()
             dims = "".join(f"  dim: {extent}\n" for extent in array.shape)
             kind = {"float16": "kFloat16", "float32": "kFloat"}[array.dtype.name]
             os.mkdir(name, dir_fd=dirfd)

@@ -76,7 +76,11 @@ class Entrant:
 
 
 def entrants(
-    material: Material, operation: Operation, directory: Path, skipped: Callable[[Skip], None]
+    material: Material,
+    operation: Operation,
+    directory: Path,
+    skipped: Callable[[Skip], None],
+    only: frozenset[str] = frozenset(),
 ) -> list[Entrant]:
     """Who takes part; the reasons of those who do not go to `skipped`."""
     workload = material.workload
@@ -84,6 +88,8 @@ def entrants(
     for contender in CONTENDERS:
         action = next((a for a in operation.actions if a in contender.actions), None)
         if action is None or not wanted(workload, contender):
+            continue
+        if only and contender.name not in only:
             continue
         if reason := unfit(workload, contender):
             skipped(Skip(workload.name, operation.name, contender.name, reason))
@@ -115,6 +121,7 @@ def measure(
     samples: int,
     directory: Path,
     skipped: Callable[[Skip], None],
+    only: frozenset[str] = frozenset(),
 ) -> Iterator[Sample]:
     """Yield `samples` samples of each contender, in rounds.
 
@@ -122,7 +129,7 @@ def measure(
     warms up what has to be, and there everything saved and loaded is compared, byte for byte,
     with what it should be. A contender that fails is skipped with its reason from then on.
     """
-    field = entrants(material, operation, directory, skipped)
+    field = entrants(material, operation, directory, skipped, only)
     for number in range(samples + 1):
         start = number % len(field) if field else 0
         for entrant in field[start:] + field[:start]:

@@ -33,14 +33,14 @@ def resident(path: Path) -> float:
     return float((pages & 1).mean())
 
 
-def _files(path: Path) -> list[Path]:
+def files(path: Path) -> list[Path]:
     """The files of a folder, or the one file."""
     return [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
 
 
 def _mean(path: Path, of: Callable[[Path], float]) -> float:
     """What `of` says of each file of a folder that has content, weighted by their sizes."""
-    sizes = {file: file.stat().st_size for file in _files(path)}
+    sizes = {file: file.stat().st_size for file in files(path)}
     total = sum(sizes.values())
     return sum(of(file) * size for file, size in sizes.items() if size) / max(total, 1)
 
@@ -66,7 +66,7 @@ def drop(path: Path) -> float:
     Asks for this file by ``posix_fadvise``, and, where this process is root, for everything that
     the kernel can drop, so that the file system's own notes on the file are cold as well.
     """
-    for file in _files(path):
+    for file in files(path):
         fd = os.open(file, os.O_RDONLY)
         try:
             os.fsync(fd)

@@ -247,10 +247,10 @@ typedef struct hold_file {
 } hold_file;
 
 /*
- * Read files inside the folder `dirfd`, from the start of each min(size, room) bytes. Symbolic links
- * are not followed unless `links`: -ELOOP. Regular files alone: -EISDIR, -EINVAL. One that shrinks
- * meanwhile has the size that it was found to have. Only so many are open at a time as there are
- * workers. HOLD_ERULE where a path is not plain; report->segment is which file a failure is about.
+ * Read files inside the folder `dirfd`, from the start of each min(size, room) bytes. Symbolic
+ * links are not followed unless `links`: -ELOOP. Regular files alone: -EISDIR, -EINVAL. One that
+ * shrinks meanwhile has the size that it was found to have. Only so many are open at once as there
+ * are workers. HOLD_ERULE where a path is not plain; report->segment is which file failed.
  */
 int hold_files_read(int dirfd, hold_file *files, size_t n, bool links, const hold_options *options,
                     hold_report *report);

@@ -8,7 +8,7 @@
  * Locks       What has a temporary name is locked with flock for as long as its owner lives. So one
  *             whose lock can be taken has lost its owner, and who takes the lock may remove it.
  *             Whoever creates a name first and locks it then must look whether the name is still
- *             there (hold_lock_claim). File systems without flock: nobody's temporaries are removed.
+ *             there (hold_lock_claim). Without flock nobody's temporaries are removed.
  * Errors      0 or -errno, where nothing else is said.
  */
 #ifndef HOLD_PLACE_H

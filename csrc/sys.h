@@ -90,7 +90,7 @@ int hold_sys_renameat(int olddirfd, const char *oldpath, int newdirfd, const cha
 int hold_sys_exchange(int olddirfd, const char *oldpath, int newdirfd, const char *newpath);
 int hold_sys_unlinkat(int dirfd, const char *path, int flags);
 int hold_sys_mkdirat(int dirfd, const char *path, mode_t mode);
-/* Entries of a folder, as rows of hold_entry (folders.h); 0 at the end. */
+/* Entries of a folder, as getdents64(2) lays them out: bytes of them, 0 at the end. */
 ssize_t hold_sys_getdents(int fd, void *out, size_t nbytes);
 
 /* Memory. On success *out is the mapping. */

@@ -131,9 +131,11 @@ def write_files(int dirfd, folders, files, first, address, nbytes, *, int thread
     cdef hold_batch batch
     cdef size_t i
     cdef const char **texts
+    cdef bint whole
     cdef int rc
     batch.n = len(names)
-    if <size_t>firsts.shape[0] != batch.n + 1 or firsts[0] != 0 or firsts[batch.n] != <int64_t>rows.n:
+    whole = <size_t>firsts.shape[0] == batch.n + 1
+    if not whole or firsts[0] != 0 or firsts[batch.n] != <int64_t>rows.n:
         raise ValueError(f"first: does not divide {rows.n} files among {batch.n} folders")
     for i in range(batch.n):
         if firsts[i] > firsts[i + 1]:
@@ -176,7 +178,7 @@ def open_beneath(int dirfd, path, *, bint links=False, filename=None):
 
 
 def create_beneath(int dirfd, path, *, filename=None):
-    """Create a file in a folder, and the folders on the way: a descriptor, which the caller closes."""
+    """Create a file in a folder, and the folders on the way: a descriptor, for the caller."""
     cdef const char *text = text_of(path)
     cdef int rc
     with nogil:

@@ -98,7 +98,7 @@ def test_no_file_is_too_long() -> None:
         path
         for folder in ("src", "csrc", "tests", "benchmarks")
         for path in (root / folder).rglob("*")
-        if path.suffix in (".py", ".pyx", ".pxd", ".c", ".h", ".pyi")
+        if path.suffix in (".py", ".pyx", ".pxd", ".pxi", ".c", ".h", ".pyi")
     ]
     assert len(found) > 30
     lengths = {str(path): len(path.read_text().splitlines()) for path in found}

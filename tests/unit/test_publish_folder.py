@@ -236,6 +236,77 @@ def test_every_call_may_fail(tmp_path: Path, error: int, durable: bool) -> None:
         assert durable == ("fsync" in raised)
 
 
+def test_a_file_that_fails_stops_those_beside_it(tmp_path: Path) -> None:
+    new = {f"t{i}": np.full(MIB // 4 + i, i, "f8") for i in range(7)}
+    target = tmp_path / "model"
+    raised: Counter[str] = Counter()
+    for n in range(1, 1000, 3):
+        failure = None
+        _engine.fault_arm(n, errno.EIO)
+        try:
+            save(target, new, threads=3)
+        except OSError as caught:
+            failure = caught
+        hit = _engine.fault_hit()
+        _engine.fault_arm(0, 0)
+        assert os.listdir(tmp_path) in ([], ["model"])
+        if failure is not None:
+            assert failure.errno == errno.EIO
+            assert str(failure.filename).startswith(str(target))
+            raised[hit or ""] += 1
+        else:
+            check(target, new)
+        if hit is None:
+            break
+
+    assert hit is None
+    assert os.listdir(tmp_path) == ["model"]
+    assert sum(raised.values()) > 20
+
+
+def test_an_interrupt_stops_all(tmp_path: Path) -> None:
+    new = {f"t{i}": np.full(2 * MIB, i, "u1") for i in range(20)}
+    seen: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(
+            tmp_path / "model",
+            FolderPlan([f"{name}/out" for name in new], {}),
+            batch_of(list(new.values())),
+            durable=True,
+            threads=4,
+            progress=stop,
+        )
+
+    assert len(seen) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_both_ways_are_tried_and_the_slower_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LARGE": 1, "PROBE": 2 * MIB, "BATCH": 4 * MIB}.items():
+        monkeypatch.setattr(publish_folder, name, value)
+    real, ways = _engine.write, []
+
+    def spy(fd: int, segments: np.ndarray, *, direct: bool | None, **how: object) -> bool:
+        ways.append(direct)
+        return real(fd, segments, direct=direct, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(publish_folder._engine, "write", spy)
+    new = {f"t{i}": np.full(MIB + 8 * i + 8, i, "u1") for i in range(20)}
+
+    save(tmp_path / "model", new, threads=1)
+
+    check(tmp_path / "model", new)
+    assert ways[:4] == [False, False, True, True]
+    assert len(ways) == 20
+
+
 @pytest.mark.parametrize("error", [errno.EIO, errno.EINTR, 0])
 def test_every_call_of_reading_may_fail(tmp_path: Path, error: int) -> None:
     data = os.urandom(10_000)
