@@ -12,13 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from . import imports, machine, memory, operations, programs, report, workloads
+from . import imports, machine, memory, operations, programs, real_oneflow, report, workloads
 from .contenders import CONTENDERS
 from .samples import Run, Sample, Skip, read, write_line
 from .workloads import Material, Workload
 
 RESULTS = Path(__file__).resolve().parent / "results"
-OPERATIONS = (*operations.NAMES, *memory.NAMES, programs.NAME, imports.NAME)
+OPERATIONS = (
+    *operations.NAMES,
+    *memory.NAMES,
+    programs.NAME,
+    *real_oneflow.NAMES,
+    imports.NAME,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -133,6 +139,9 @@ def record(
                 keep(f"{workload.name} {name}", found)
     if programs.NAME in ops:
         keep(programs.NAME, programs.measure(samples, scale, directory, skipped))
+    for name in real_oneflow.NAMES:
+        if name in ops:
+            keep(name, real_oneflow.measure(name, samples, scale, directory, skipped))
     if imports.NAME in ops:
         keep(imports.NAME, imports.measure(samples, skipped))
 

@@ -18,6 +18,9 @@ from .objects import touch
 from .samples import SECONDS, Sample, Skip
 from .workloads import Material, Workload
 
+#: Files of at least this size are in the page cache one at a time: all of them, and what is loaded,
+#: may be more than the memory there is.
+LARGE = 256 << 20
 #: Seconds of quiet after a sync, before a save is timed.
 SETTLE = 0.2
 #: More of a file than this in the page cache and a load is not cold.
@@ -170,7 +173,7 @@ def _once(material: Material, operation: Operation, entrant: Entrant, number: in
     touched = operation.touched and material.workload.touched
     details = _prepare(operation, entrant, material)
     gc.collect()
-    if operation.state != "saved" and not operation.one:
+    if entrant.action != "save-durable" and not operation.one:
         limits.level(material.nbytes)
     began = time.perf_counter()
     result = act(job)
@@ -211,6 +214,9 @@ def _prepare(operation: Operation, entrant: Entrant, material: Material) -> dict
         author = writer(entrant.contender.file)
         author.actions["save"](Job(material.view(author.framework), path, material.one))
     if operation.state == "warm":
+        for other in path.parent.iterdir():
+            if other != path and material.nbytes >= LARGE:
+                pagecache.forget(other)
         return {"resident": pagecache.warm(path)}
     if (left := pagecache.drop(path)) > COLD:
         raise NotColdError(f"{left:.1%} of {path.name} stay in the page cache")

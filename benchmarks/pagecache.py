@@ -60,12 +60,8 @@ def _warm(path: Path) -> float:
     return resident(path)
 
 
-def drop(path: Path) -> float:
-    """Drop a file, or all of a folder, from the page cache; return what is still resident.
-
-    Asks for this file by ``posix_fadvise``, and, where this process is root, for everything that
-    the kernel can drop, so that the file system's own notes on the file are cold as well.
-    """
+def forget(path: Path) -> None:
+    """Ask for a file, or all of a folder, to be dropped from the page cache."""
     for file in files(path):
         fd = os.open(file, os.O_RDONLY)
         try:
@@ -73,6 +69,15 @@ def drop(path: Path) -> float:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
+
+
+def drop(path: Path) -> float:
+    """Drop a file, or all of a folder, from the page cache; return what is still resident.
+
+    Asks for this file by ``posix_fadvise``, and, where this process is root, for everything that
+    the kernel can drop, so that the file system's own notes on the file are cold as well.
+    """
+    forget(path)
     with suppress(OSError):  # not root, or a container that may not
         Path("/proc/sys/vm/drop_caches").write_text("3")
     return _mean(path, resident)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import imports, memory, programs
+from . import imports, memory, programs, real_oneflow
 from .contenders import CONTENDERS
 from .operations import OPERATIONS
 from .samples import SECONDS, Run, Sample, Spread
@@ -13,6 +13,7 @@ from .targets import judge
 TITLES = {operation.name: operation.title for operation in OPERATIONS}
 TITLES |= memory.TITLES
 TITLES[programs.NAME] = programs.TITLE
+TITLES |= real_oneflow.TITLES
 TITLES[imports.NAME] = imports.TITLE
 
 _ORDER = {contender.name: i for i, contender in enumerate(CONTENDERS)}

@@ -106,6 +106,8 @@ TARGETS: tuple[Target, ...] = (
     Target("llm", "save", ("numpy.savez",), 3, ours=NPZ),
     Target("llm", "load-eager", ("numpy.savez",), 3, ours=NPZ),
     Target("llm", "load-eager", ("holdfast",), 0.95, ours=SHARDS),
+    Target("oneflow", "oneflow-save", ("oneflow",), 3),
+    Target("oneflow", "oneflow-load", ("oneflow",), 3),
 )
 
 
