@@ -43,7 +43,9 @@ if os.environ.get("HOLDFAST_WERROR"):
     compile_args += ["-Werror", "-Wno-unused-parameter", "-Wno-unused-function"]
 
 
-def extension(name: str, sources: list[str], include: tuple[str, ...] = ()) -> Extension:
+def extension(
+    name: str, sources: list[str], include: tuple[str, ...] = (), args: tuple[str, ...] = ()
+) -> Extension:
     """One extension module: its .pyx and the C files that it is linked with."""
     pyx = Path("src") / (name.replace(".", "/") + ".pyx")
     csrc = [str(CSRC / f"{source}.c") for source in sources]
@@ -54,7 +56,7 @@ def extension(name: str, sources: list[str], include: tuple[str, ...] = ()) -> E
         [str(pyx), *csrc],
         include_dirs=[str(CSRC), *include],
         define_macros=define,
-        extra_compile_args=compile_args,
+        extra_compile_args=[*compile_args, *args],
         extra_link_args=link_args,
         depends=depends,
     )
@@ -67,7 +69,8 @@ extensions = [
     extension("holdfast.formats._zip", ZIP),
     extension("holdfast.formats._crc", ["crc", "crc_x86"]),
     extension("holdfast.formats._inert", []),
-    extension("holdfast.formats._gguf", GGUF),
+    # Of a * b + c both results are rounded, as the numbers that others make of the same blocks are.
+    extension("holdfast.formats._gguf", GGUF, args=("-ffp-contract=off",)),
     extension("holdfast.formats._pickle_stack", []),
     extension("holdfast.formats._pickle", []),
     extension("holdfast.formats._torch_table", []),

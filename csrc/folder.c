@@ -22,6 +22,8 @@ struct hold_folder {
     pid_t owner;               /* a forked child must not remove what its parent fills */
     char temp[HOLD_TEMP_SIZE]; /* what is to be removed at the end; empty: nothing */
     bool replace;
+    bool exact;                /* ... and nothing but what old_fd is */
+    bool complete;             /* nothing is missing but the name */
     bool existed;              /* a folder had the name when this began ... */
     struct stat old;           /* ... and was this */
 };
@@ -107,6 +109,19 @@ void hold_folder_abort(hold_folder *self)
     free(self);
 }
 
+/* -EEXIST where a folder with something in it has the name. */
+static int check_empty(const hold_folder *self)
+{
+    const int fd = open_folder(&self->place, self->place.name);
+    if (fd == -ENOENT || fd == -EACCES)
+        return 0; /* the rename will tell */
+    if (fd < 0)
+        return fd;
+    const int rc = hold_tree_is_empty(fd);
+    hold_sys_close(fd);
+    return rc == 0 ? -EEXIST : rc < 0 ? rc : 0;
+}
+
 /* May the folder that has the name be replaced? */
 static int check_old(const hold_folder *self)
 {
@@ -114,15 +129,9 @@ static int check_old(const hold_folder *self)
     if (!S_ISDIR(self->old.st_mode))
         return -ENOTDIR;
     /* Renaming takes no right to write to it: whoever took that right away meant it. */
-    int rc = HOLD_RETRY(hold_sys_faccessat(place->dirfd, place->name, W_OK | X_OK, AT_EACCESS));
-    if (rc < 0 || self->replace)
-        return rc;
-    const int fd = open_folder(place, place->name);
-    if (fd < 0)
-        return fd == -EACCES ? 0 : fd; /* the rename will tell */
-    rc = hold_tree_is_empty(fd);
-    hold_sys_close(fd);
-    return rc == 0 ? -EEXIST : rc < 0 ? rc : 0;
+    const int rc =
+        HOLD_RETRY(hold_sys_faccessat(place->dirfd, place->name, W_OK | X_OK, AT_EACCESS));
+    return rc < 0 || self->replace ? rc : check_empty(self);
 }
 
 static int find_target(hold_folder *self, const char *path)
@@ -209,7 +218,34 @@ int hold_folder_fd(const hold_folder *self)
     return self->fd;
 }
 
+/* ---- what may be replaced ------------------------------------------------------------------ */
+
+int hold_folder_look(hold_folder *self)
+{
+    if (self->old_fd >= 0)
+        hold_sys_close(self->old_fd);
+    self->old_locked = false;
+    self->old_fd = open_folder(&self->place, self->place.name);
+    if (self->old_fd == -ELOOP)
+        self->old_fd = -ENOTDIR;
+    return self->old_fd;
+}
+
+int hold_folder_allow(hold_folder *self, bool replace)
+{
+    self->exact = true;
+    self->replace = replace;
+    return replace ? 0 : check_empty(self);
+}
+
 /* ---- commit ------------------------------------------------------------------------------- */
+
+/* hold_place_is, which may fail once. */
+static bool is_surely(const hold_place *place, const char *name, int fd)
+{
+    const int rc = hold_place_is(place, name, fd);
+    return (rc < 0 ? hold_place_is(place, name, fd) : rc) == 1;
+}
 
 /* Rename to a name that nothing has, or an empty folder. */
 static int take_free_name(hold_folder *self)
@@ -217,7 +253,10 @@ static int take_free_name(hold_folder *self)
     const int rc = rename_in(&self->place, self->temp, self->place.name);
     if (rc == 0)
         self->temp[0] = '\0';
-    return rc == -ENOTEMPTY ? -EEXIST : rc;
+    if (rc != -ENOTEMPTY && rc != -EEXIST)
+        return rc;
+    /* What came since it was looked at has yet to be asked about. */
+    return self->exact && self->old_fd == -ENOENT ? 1 : -EEXIST;
 }
 
 /* Two renames, where no call exchanges two folders. */
@@ -278,23 +317,13 @@ static bool own_old(hold_folder *self)
         if (!self->old_locked)
             nanosleep(&pause, NULL);
     }
-    if (!self->old_locked)
-        return false;
-    const int rc = hold_place_is(&self->place, self->temp, self->old_fd);
-    return (rc < 0 ? hold_place_is(&self->place, self->temp, self->old_fd) : rc) == 1;
+    return self->old_locked && is_surely(&self->place, self->temp, self->old_fd);
 }
 
-/*
- * The name is in place but may not last: make it what it was, and the new folder what is to be
- * removed, or return false. The caller reports the failure that led here.
- */
-static bool restore(hold_folder *self, const char *temp, manner how)
+/* Undo take_name: what was moved away gets its name back, and the new folder is `temp` again. */
+static bool undo(hold_folder *self, const char *temp, manner how)
 {
     const hold_place *place = &self->place;
-    if (hold_place_is(place, place->name, self->fd) != 1)
-        return false; /* another has published since: that stays */
-    if (how != FREE_NAME && !own_old(self))
-        return false; /* the old one is gone */
     int rc;
     if (how == EXCHANGED)
         rc = HOLD_RETRY(hold_sys_exchange(place->dirfd, temp, place->dirfd, place->name));
@@ -311,29 +340,62 @@ static bool restore(hold_folder *self, const char *temp, manner how)
     return true;
 }
 
-/* Give the folder its name, for good where `durable`. */
+/*
+ * The name is in place but may not last: make it what it was, and the new folder what is to be
+ * removed, or return false. The caller reports the failure that led here.
+ */
+static bool restore(hold_folder *self, const char *temp, manner how)
+{
+    const hold_place *place = &self->place;
+    if (hold_place_is(place, place->name, self->fd) != 1)
+        return false; /* another has published since: that stays */
+    if (how != FREE_NAME && !own_old(self))
+        return false; /* the old one is gone */
+    return undo(self, temp, how);
+}
+
+/* What was moved away is none of what may be replaced: put it back. 1, to be tried again, or
+ * -EBUSY, where others are faster still; then it stays where it is. */
+static int put_back(hold_folder *self, const char *temp, manner how)
+{
+    const hold_place *place = &self->place;
+    /* After an exchange with the folder of a third one, that must not be taken for the new one. */
+    if (is_surely(place, place->name, self->fd) && undo(self, temp, how) &&
+        is_surely(place, temp, self->fd))
+        return 1;
+    self->temp[0] = '\0';
+    return -EBUSY;
+}
+
+/* Give the folder its name, for good where `durable`; 1: it is as it was, to be tried again. */
 static int place_folder(hold_folder *self, bool durable)
 {
     char temp[HOLD_TEMP_SIZE];
     manner how;
     memcpy(temp, self->temp, sizeof temp);
-    self->old_fd = open_folder(&self->place, self->place.name);
+    if (!self->exact)
+        (void)hold_folder_look(self);
     if (self->old_fd < 0 && self->old_fd != -ENOENT && self->old_fd != -EACCES)
-        return self->old_fd == -ELOOP ? -ENOTDIR : self->old_fd;
+        return self->old_fd;
     self->old_locked = self->old_fd >= 0 && hold_lock_own(self->old_fd) == 0;
     int rc = take_name(self, &how);
-    if (rc < 0)
+    if (rc != 0)
         return rc;
+    if (self->exact && how != FREE_NAME && !is_surely(&self->place, self->temp, self->old_fd))
+        return put_back(self, temp, how);
     rc = durable ? hold_place_sync(&self->place, self->fd) : 0;
-    if (rc < 0 && restore(self, temp, how))
-        return rc;
+    if (rc < 0) {
+        if (restore(self, temp, how))
+            return rc;
+        self->temp[0] = '\0'; /* the new one may not last: the old one stays, if not by its name */
+    }
     (void)HOLD_RETRY(hold_sys_flock(self->fd, LOCK_UN)); /* who replaces it waits for that */
     if (self->temp[0] != '\0' && !own_old(self))
         self->temp[0] = '\0';
     return rc;
 }
 
-int hold_folder_commit(hold_folder *self, bool durable)
+int hold_folder_complete(hold_folder *self, bool durable)
 {
     assert(self->fd >= 0);
     int rc = durable ? hold_tree_sync(self->fd) : 0;
@@ -342,8 +404,15 @@ int hold_folder_commit(hold_folder *self, bool durable)
         if (rc == 0 && durable && (self->old.st_mode & 0700) != 0700)
             rc = HOLD_RETRY(hold_sys_fsync(self->fd)); /* only now it has its mode */
     }
-    if (rc == 0)
-        rc = place_folder(self, durable);
-    hold_folder_abort(self); /* of one that has its name, this removes what had it */
+    self->complete = rc == 0;
+    return rc;
+}
+
+int hold_folder_commit(hold_folder *self, bool durable)
+{
+    assert(self->complete);
+    const int rc = place_folder(self, durable);
+    if (rc != 1)
+        hold_folder_abort(self); /* of one that has its name, this removes what had it */
     return rc;
 }

@@ -300,15 +300,34 @@ int hold_folder_begin(const char *path, bool replace, hold_folder **out);
 /* The descriptor of the new folder; owned by the publication. */
 int hold_folder_fd(const hold_folder *self);
 
+/* All is in it: give it its mode and, where `durable`, bring it to the device. Once, before commit. */
+int hold_folder_complete(hold_folder *self, bool durable);
+
 /*
- * Give the folder its name: all in it brought to the device where `durable`, then named (unless
- * `replace`, -EEXIST if by now there is a folder with something in it), then the directory
- * brought to the device, then what had the name removed, without following links. A folder takes
+ * Hold open what has the name now, for the caller to look at: its descriptor, owned by the
+ * publication until the next look; -ENOENT where nothing has it, or another -errno.
+ */
+int hold_folder_look(hold_folder *self);
+
+/*
+ * From now on nothing is replaced but what the last look has found, and that only with `replace`;
+ * without it, -EEXIST if by now there is a folder with something in it. An empty one always is.
+ */
+int hold_folder_allow(hold_folder *self, bool replace);
+
+/*
+ * Give the completed folder its name (unless `replace`, -EEXIST if by now there is a folder with
+ * something in it), bring the directory to the device where `durable`, and remove what had the name removed, without following links. A folder takes
  * another's place in one step (RENAME_EXCHANGE); where the file system cannot do that, in two,
  * between which there is none of that name: a process that dies right there leaves the old one
  * under a temporary name, and the next hold_folder_begin gives it its name back.
  * On failure the old folder is what it was and nothing is left behind; what of the old one could
- * not be removed is left to the next begin. Ends the publication either way.
+ * not be removed is left to the next begin. Where the directory cannot be brought to the device,
+ * nor the old folder get its name back, it stays under a temporary one until then.
+ *
+ * After hold_folder_allow, where another folder has the name than the last look found, that gets
+ * it back, and the result is 1: nothing has happened, and the caller looks again. -EBUSY where yet
+ * another has taken the name meanwhile. All but 1 end the publication.
  */
 int hold_folder_commit(hold_folder *self, bool durable);
 

@@ -31,6 +31,9 @@ cdef extern from "hold.h" nogil:
 
     int hold_folder_begin(const char *path, bint replace, hold_folder **out)
     int hold_folder_fd(const hold_folder *self)
+    int hold_folder_complete(hold_folder *self, bint durable)
+    int hold_folder_look(hold_folder *self)
+    int hold_folder_allow(hold_folder *self, bint replace)
     int hold_folder_commit(hold_folder *self, bint durable)
     void hold_folder_abort(hold_folder *self)
 
@@ -188,6 +191,26 @@ def create_beneath(int dirfd, path, *, filename=None):
     return rc
 
 
+#: How often what has the name is looked at once more, since another took it meanwhile.
+cdef enum:
+    LOOKS = 100
+
+
+cdef int decide(hold_folder *handle, may_replace) except? -1:
+    """Ask whether what has the name now may be replaced: 0 or -errno."""
+    cdef int rc
+    cdef bint allowed = False
+    with nogil:
+        rc = hold_folder_look(handle)
+    if rc >= 0:
+        allowed = may_replace(rc)
+    elif rc != -errno.ENOENT:
+        return rc
+    with nogil:
+        rc = hold_folder_allow(handle, allowed)
+    return rc
+
+
 cdef class FolderPublication:
     """A folder being filled that appears under its name whole, by :meth:`commit`, or not at all.
 
@@ -227,12 +250,47 @@ cdef class FolderPublication:
             raise ValueError(f"{self.path}: the publication has ended")
         return hold_folder_fd(self.handle)
 
-    def commit(self, bint durable=True):
-        """Give the folder its name; if `durable`, once all in it is on the device."""
+    def ask(self, may_replace):
+        """Raise FileExistsError if by now the name is that of a folder not to be replaced.
+
+        `may_replace` is given a descriptor of the folder that has the name, if there is one. An
+        empty one is replaced whatever it says.
+        """
+        cdef hold_folder *handle = self.end()  # so that it is not ended by what is called
+        try:
+            rc = decide(handle, may_replace)
+        finally:
+            self.handle = handle
+        check(rc, self.path)
+
+    def commit(self, bint durable=True, may_replace=None):
+        """Give the folder its name; if `durable`, once all in it is on the device.
+
+        `may_replace` is asked as by :meth:`ask`, at the last moment, and only the folder about which
+        it was asked is replaced.
+        """
         cdef hold_folder *handle = self.end()
         cdef int rc
-        with nogil:
-            rc = hold_folder_commit(handle, durable)
+        cdef int looks = 0
+        try:
+            with nogil:
+                rc = hold_folder_complete(handle, durable)
+            while rc == 0:
+                if may_replace is not None:
+                    rc = decide(handle, may_replace)
+                    if rc:
+                        break
+                with nogil:
+                    rc = hold_folder_commit(handle, durable)
+                if rc != 1:
+                    handle = NULL
+                    break
+                looks += 1
+                rc = 0 if looks < LOOKS else -errno.EBUSY
+        finally:
+            if handle is not NULL:
+                with nogil:
+                    hold_folder_abort(handle)
         check(rc, self.path)
 
     def abort(self):

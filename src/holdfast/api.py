@@ -355,7 +355,7 @@ def load_into(
     rename : mapping of str to str, optional
         Regular expressions and what to put in place of what they find in a stored name, as
         ``re.sub`` does, one after the other and before `prefix` is looked for:
-        ``rename={r"^module\\.": ""}`` for a model that was saved while it was wrapped.
+        ``rename={r"^module\.": ""}`` for a model that was saved while it was wrapped.
     threads : int, optional
         As for :func:`load`.
 

@@ -72,6 +72,7 @@ class Reader:
         source.links = form.LINKS
         index = form.index_folder(source, verify=verify, strict=strict)
         source.files = index.files or ()
+        source.forget()
         return index
 
     @property

@@ -124,11 +124,13 @@ def _info(options: argparse.Namespace) -> int:
             return 0
         for key, value in checkpoint.metadata.items():
             print(f"# {_printable(key)}: {_printable(_short(value))}")
+        several = len({entry.file for entry in entries}) > 1
         for entry in entries:
             shape = "x".join(map(str, entry.shape)) or "scalar"
             print(
                 f"{_printable(entry.name)}  {entry.encoding or entry.dtype}  {shape}  "
                 f"{entry.nbytes} bytes at {entry.offset}"
+                + (f" of {_printable(entry.file)}" if several else "")
             )
         total = sum(entry.nbytes for entry in entries)
         print(f"{len(entries)} tensors, {total} bytes")

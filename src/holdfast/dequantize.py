@@ -31,22 +31,33 @@ def dequantized(index: Index) -> Index:
     rows = [row for row, text in index.encodings.items() if text in DEQUANTIZED]
     if not rows:
         return index
+    floats, dims = _floats(index, rows)
+    floats["dims"] += len(index.dims)
     entries = index.entries.copy()
-    dims = [index.dims]
-    at = len(index.dims)
-    for row in rows:
-        block = BY_TYPE_NAME[index.encodings[row]]
-        *shape, count, _ = index.shape(row)
-        dims.append(np.array([*shape, count * block.elements], np.int64))
-        entries[row]["dims"], entries[row]["ndim"] = at, len(shape) + 1
-        at += len(shape) + 1
-    blocks = np.array([BY_TYPE_NAME[index.encodings[row]].nbytes for row in rows], np.uint64)
-    entries["nbytes"][rows] = entries["nbytes"][rows] // blocks * (32 * _FLOAT.itemsize)
-    entries["dtype"][rows] = _FLOAT.code
+    entries[rows] = floats
     left = {row: text for row, text in index.encodings.items() if text not in DEQUANTIZED}
     return dataclasses.replace(
-        index, entries=entries, dims=np.concatenate(dims), encodings=left, crcs=None
+        index,
+        entries=entries,
+        dims=np.concatenate([index.dims, dims]),
+        encodings=left,
+        crcs=None,
     )
+
+
+def _floats(index: Index, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Entries of these rows as float32, and the extents that they count from."""
+    entries = index.entries[rows]
+    types = [BY_TYPE_NAME[index.encodings[row]] for row in rows]
+    dims: list[int] = []
+    for i, (row, block) in enumerate(zip(rows, types, strict=True)):
+        *shape, count, _ = index.shape(row)
+        entries[i]["dims"], entries[i]["ndim"] = len(dims), len(shape) + 1
+        dims += [*shape, count * block.elements]
+    blocks = np.array([block.nbytes for block in types], np.uint64)
+    entries["nbytes"] = entries["nbytes"] // blocks * (32 * _FLOAT.itemsize)
+    entries["dtype"] = _FLOAT.code
+    return entries, np.array(dims, np.int64)
 
 
 def dequantize(
@@ -65,14 +76,14 @@ def dequantize(
     threads : int
         0: one for each CPU.
     """
-    types = {row: BY_TYPE_NAME[text] for row, text in index.encodings.items()}
-    at = [
-        i for i, row in enumerate(rows.tolist()) if row in types and types[row].name in DEQUANTIZED
-    ]
+    at = [i for i, row in enumerate(rows.tolist()) if index.encodings.get(row) in DEQUANTIZED]
     if not at:
         return batch
-    made = fetch.blank_tensors(dequantized(index), rows[at])
-    blocks = [types[row] for row in rows[at].tolist()]
+    # Of the chosen rows alone: tensors are asked for one by one of files that have very many.
+    chosen = rows[at].tolist()
+    few = Index(index.names, *_floats(index, chosen), {})
+    made = fetch.blank_tensors(few, np.arange(len(chosen)))
+    blocks = [BY_TYPE_NAME[index.encodings[row]] for row in chosen]
     _gguf.dequantize(
         np.ascontiguousarray(batch.views["address"][at]),
         np.ascontiguousarray(made.views["address"]),
@@ -81,11 +92,21 @@ def dequantize(
         threads,
     )
     views = batch.views.copy()
-    made.views["dims"] += len(batch.dims)
+    dims = _own_dims(views, batch.dims)
+    made.views["dims"] += len(dims)
     views[at] = made.views
     owner = np.zeros(len(batch), np.int64) if batch.owner is None else batch.owner.copy()
     assert made.owner is not None
     owner[at] = made.owner + len(batch.owners)
     return TensorBatch(
-        views, np.concatenate([batch.dims, made.dims]), [*batch.owners, *made.owners], owner=owner
+        views, np.concatenate([dims, made.dims]), [*batch.owners, *made.owners], owner=owner
     )
+
+
+def _own_dims(views: np.ndarray, dims: np.ndarray) -> np.ndarray:
+    """The extents of these views alone, of those of a whole file; the views then count in them."""
+    ndim = views["ndim"].astype(np.int64)
+    starts = np.cumsum(ndim) - ndim
+    found = dims[np.repeat(views["dims"] - starts, ndim) + np.arange(int(ndim.sum()))]
+    views["dims"] = starts
+    return found

@@ -79,6 +79,8 @@ def fill_from(
 
 def _rules(rename: Mapping[str, str] | None) -> list[tuple[re.Pattern[str], str]]:
     """The patterns of `rename`, compiled."""
+    if rename is not None and not isinstance(rename, Mapping):
+        raise TypeError(f"rename must be a dict of patterns, not {type(rename).__name__}")
     rules = []
     for pattern, text in (rename or {}).items():
         if not isinstance(pattern, str) or not isinstance(text, str):
@@ -239,22 +241,22 @@ def _fill(reader: Reader, matches: list[_Target], threads: int) -> None:
 
 
 def _passes(index: Index, matches: list[_Target]) -> list[list[_Target]]:
-    """Matches in as few groups as can be, in each of which no byte of the file is read twice.
+    """Matches in as few groups as can be, in each of which no byte of a file is read twice.
 
     One entry may fill several tensors, and entries may be views of the same bytes.
     """
     passes: list[list[_Target]] = [[]]
-    ends = [(0, 0)]  # where each pass ends in the file, and which it is: a heap
-    entries = index.entries[["offset", "nbytes"]][[match.row for match in matches]]
-    for i in np.argsort(entries["offset"], kind="stable").tolist():
-        offset, nbytes = entries[i].tolist()
-        end, which = ends[0]
-        if offset >= end:
-            heapq.heapreplace(ends, (offset + nbytes, which))
+    ends = [(0, 0, 0)]  # in which file each pass ends and where, and which pass it is: a heap
+    entries = index.entries[["file", "offset", "nbytes"]][[match.row for match in matches]]
+    for i in np.lexsort((entries["offset"], entries["file"])).tolist():
+        file, offset, nbytes = entries[i].tolist()
+        *end, which = ends[0]
+        if [file, offset] >= end:
+            heapq.heapreplace(ends, (file, offset + nbytes, which))
         else:
             which = len(passes)
             passes.append([])
-            heapq.heappush(ends, (offset + nbytes, which))
+            heapq.heappush(ends, (file, offset + nbytes, which))
         passes[which].append(matches[i])
     return passes
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -24,6 +26,11 @@ __all__ = ["FolderSource", "Origin", "beside", "open_origin"]
 SMALL = 64 << 10
 #: How many files are open at a time while they are read; a process may have 1024 in all.
 DESCRIPTORS = 256
+#: How many files are mapped at most, the largest first; a process may have 65,530 maps.
+MAPS = 1 << 14
+#: How many levels above a snapshot the ``blobs`` of the hub's cache may be: a revision's folder,
+#: and folders in that.
+_CACHE_LEVELS = 4
 #: Room for the content of a small file at the first try, and how many are read in one go.
 ROOM = 1 << 10
 TOGETHER = 1 << 14
@@ -45,25 +52,31 @@ class FolderSource:
         For messages.
     start : str
         Name of the file in it that was asked for, where it was one; else empty.
+    fd : int, optional
+        A descriptor of the folder, which is then not looked for by its name.
     links : bool
         Whether symbolic links are followed: by formats whose writers make some.
     files : sequence of str
         The files that the index of the checkpoint counts, once there is one.
     """
 
-    __slots__ = ("_fd", "_parts", "_top", "files", "links", "name", "start")
+    __slots__ = ("_fd", "_lock", "_parts", "_top", "files", "links", "name", "start")
 
     mappable = True
     repeatable = True
 
-    def __init__(self, path: str | bytes | os.PathLike[str], start: str = "") -> None:
+    def __init__(
+        self, path: str | bytes | os.PathLike[str], start: str = "", fd: int | None = None
+    ) -> None:
         self.name = os.fsdecode(path)
         self.start = start
         self.links = False
         self.files: Sequence[str] = ()
         self._parts: dict[str, Source] = {}
+        self._lock = threading.Lock()
         self._top: tuple[bool, Mapping[str, str]] | None = None  # what is in it, listed once
-        self._fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        where = path or "." if fd is None else "."
+        self._fd = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
 
     @property
     def local(self) -> bool:
@@ -75,9 +88,7 @@ class FolderSource:
 
     def close(self) -> None:
         """Close all that is open."""
-        for part in self._parts.values():
-            part.close()
-        self._parts.clear()
+        self.forget()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -114,20 +125,57 @@ class FolderSource:
         return self._take(paths, nothing, nothing)
 
     def part(self, path: str) -> Source:
-        """One file, open for as long as the folder is."""
-        if path not in self._parts:
-            while len(self._parts) >= DESCRIPTORS:
-                self._parts.pop(next(iter(self._parts))).close()
-            try:
-                fd = _engine.open_beneath(self._fd, os.fsencode(path), links=self.links)
-            except OSError as error:
-                raise self._problem(path, error.errno or errno.EIO) from None
-            self._parts[path] = Source(self._called(path), os.fstat(fd).st_size, fd)
-        return self._parts[path]
+        """One file, open until so many others have been asked for."""
+        with self._lock:
+            if path not in self._parts:
+                while len(self._parts) >= DESCRIPTORS:
+                    self._parts.pop(next(iter(self._parts))).close()
+                self._parts[path] = self._opened(path)
+            return self._parts[path]
+
+    def _opened(self, path: str) -> Source:
+        """One file, newly opened."""
+        try:
+            fd = _engine.open_beneath(self._fd, os.fsencode(path), links=self.links)
+        except OSError as error:
+            raise self._problem(path, error.errno or errno.EIO) from None
+        try:
+            if self.links:
+                self._check_place(path, os.readlink(f"/proc/self/fd/{fd}"))
+            return Source(self._called(path), os.fstat(fd).st_size, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _check_place(self, path: str, real: str) -> None:
+        """Raise FormatError for a file that a link has brought in from anywhere.
+
+        From the folder itself it may be, and from the ``blobs`` beside the snapshots in the cache
+        of Hugging Face's hub.
+        """
+        root = os.path.realpath(f"/proc/self/fd/{self._fd}")
+        parent = os.path.dirname(real)
+        above = root
+        for _ in range(_CACHE_LEVELS):
+            above = os.path.dirname(above)
+            if parent == os.path.join(above, "blobs"):
+                return
+        if os.path.commonpath([root, real]) != root:
+            raise FormatError(
+                f"{self._called(path)}: a link that leads out of the folder, to {real}; give the "
+                "path of what it leads to"
+            )
 
     def at(self, file: int) -> Source:
-        """One of `files`."""
+        """One of `files`; what is mapped or taken from it has to be so before another is closed."""
         return self.part(self.files[file])
+
+    def forget(self) -> None:
+        """Close the files that are open."""
+        with self._lock:
+            for part in self._parts.values():
+                part.close()
+            self._parts.clear()
 
     # What a load asks for.
 
@@ -135,17 +183,23 @@ class FolderSource:
         """Those files mapped that entries are in, of all of them or of `rows`, but small ones."""
         extents = index.entries if index.storages is None else index.storages
         ends = np.zeros(len(self.files), np.uint64)
-        np.maximum.at(ends, extents["file"], extents["offset"] + extents["nbytes"])
+        nbytes = extents["nbytes"]
+        if index.storages is not None:
+            nbytes = np.where(extents["packed"] > 0, extents["packed"], nbytes)
+        np.maximum.at(ends, extents["file"], extents["offset"] + nbytes)
         wanted = ends >= (1 if shared else SMALL)
         if rows is not None:
             used = np.zeros(len(ends), bool)
             used[index.entries["file"][rows]] = True
             wanted &= used
+        if not shared and np.count_nonzero(wanted) > MAPS:
+            wanted &= ends >= np.sort(ends[wanted])[-MAPS]
         owner = np.full(len(ends), -1, np.int64)
         buffers: list[Buffer] = []
         for file in np.flatnonzero(wanted).tolist():
             owner[file] = len(buffers)
-            buffers.append(self.at(file).map(int(ends[file]), shared=shared))
+            with contextlib.closing(self._opened(self.files[file])) as part:
+                buffers.append(part.map(int(ends[file]), shared=shared))
         return Maps(buffers, owner)
 
     def move(
@@ -179,15 +233,20 @@ class FolderSource:
             chosen = rest[group]
             part = np.ascontiguousarray(segments[chosen])
             numbers, part["file"] = np.unique(part["file"], return_inverse=True)
-            _engine.read(
-                [self.at(number).fd for number in numbers.tolist()],
-                part,
-                layouts=_chosen(layouts, chosen),
-                threads=threads,
-                checksum=checksum,
-                progress=_behind(progress, done),
-                filenames=[self._called(self.files[number]) for number in numbers.tolist()],
-            )
+            with contextlib.ExitStack() as opened:
+                sources = [
+                    opened.enter_context(contextlib.closing(self._opened(self.files[number])))
+                    for number in numbers.tolist()
+                ]
+                _engine.read(
+                    [source.fd for source in sources],
+                    part,
+                    layouts=_chosen(layouts, chosen),
+                    threads=threads,
+                    checksum=checksum,
+                    progress=_behind(progress, done),
+                    filenames=[source.name for source in sources],
+                )
             segments["crc"][chosen] = part["crc"]
             done += int(part["nbytes"].sum())
 
@@ -209,10 +268,10 @@ class FolderSource:
         short = np.flatnonzero(found < nbytes.astype(np.int64))
         if len(short):
             i = int(short[0])
-            raise FormatError(
-                f"{self._called(paths[i])}: needs {int(nbytes[i])} bytes, found {int(found[i])}: "
-                "the file was cut meanwhile"
-            )
+            what = f"found {int(found[i])}: the file was cut meanwhile"
+            if found[i] < 0:
+                what = "found no file: it was removed or replaced since the folder was opened"
+            raise FormatError(f"{self._called(paths[i])}: needs {int(nbytes[i])} bytes, {what}")
 
     def _contents(self, paths: Sequence[str], room: np.ndarray, most: int) -> list[bytes | None]:
         ends = np.cumsum(room)
@@ -261,7 +320,9 @@ class FolderSource:
         if error in _WRONG:
             return FormatError(f"{name}: is {_WRONG[error]}")
         if error in (errno.ENOENT, errno.ENOTDIR):
-            return FormatError(f"{name}: a file of the checkpoint is missing")
+            return FormatError(
+                f"{name}: a file of the checkpoint is missing, or was replaced since it was opened"
+            )
         return OSError(error, os.strerror(error), name)
 
     def _called(self, path: str) -> str:

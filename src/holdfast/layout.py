@@ -356,7 +356,7 @@ class Folder(Protocol):
         """Sizes of files in bytes, as int64; -1 for those that do not exist."""
 
     def part(self, path: str) -> Part:
-        """One file, for as long as the folder is open; FormatError where it does not exist."""
+        """One file, to be read before others are asked for; FormatError where there is none."""
 
 
 def alignment_order(nbytes: np.ndarray, page: int = 4096) -> np.ndarray:

@@ -6,7 +6,9 @@ import gc
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -14,8 +16,12 @@ import numpy as np
 from . import adapters
 from .adapters import Adapter
 from .collect import Collection, collect
+from .errors import FormatError
+from .folder import FolderSource
 from .formats import _oneflow_write
 from .formats._oneflow_emit import CONSTANTS, INLINE_CONSTANTS, Emitted, Emitter
+from .formats._oneflow_meta import MOST, parse_all
+from .formats._oneflow_write import DATA, DONE, META, PICKLE
 from .formats._pickle_reduce import MixedError
 from .layout import FolderPlan, Plan
 from .pickling import telling
@@ -43,8 +49,11 @@ LAYOUTS = ("snapshot", "pickle", "file")
 _PROTOCOL = 1
 
 #: Files of a checkpoint: in the folder itself, and in those of its tensors.
-_PART = frozenset({"meta", "out"})
-_OWN = _PART | {"snapshot_done", "pickled_data", "model.mlir", "one_embedding_options.json"}
+_PART = frozenset({META, DATA})
+_MARKS = frozenset({DONE, PICKLE, "model.mlir"})
+_OWN = _PART | _MARKS | {"one_embedding_options.json"}
+#: Nor is a folder one that is deeper than any name of a tensor.
+_MAX_LEVELS = 64
 
 #: Subclasses of arrays that are written as the arrays that they are.
 _ARRAYS: frozenset[type] = frozenset({np.ndarray, np.memmap, np.matrix})
@@ -206,7 +215,8 @@ def save_oneflow(
     obj, layout, localize, known
         As for :func:`plan_oneflow`.
     f : str, bytes, os.PathLike or binary file object
-        A folder of that name is replaced whole if it is empty or a checkpoint of OneFlow's.
+        A folder of that name is replaced whole if it is empty or a checkpoint of OneFlow's, both
+        before anything is written and once all is.
     options : SaveOptions
     release : callable, optional
         Given the tensors, says which are memory of unchanged maps, to be let go of once written.
@@ -241,7 +251,6 @@ def save_oneflow(
         )
         return
     path = cast("str | bytes | os.PathLike[str]", f)
-    replace = replaceable(path)
     try:
         write_folder(
             path,
@@ -250,28 +259,59 @@ def save_oneflow(
             durable=options.durable,
             threads=options.threads,
             progress=options.progress,
-            replace=replace,
+            replace=partial(replaceable, path),
             release=mapped,
         )
     except FileExistsError as error:
-        if replace:
+        if error.filename != os.fspath(path):
             raise
         text = "The folder holds what is no part of a checkpoint, and would be lost"
         raise FileExistsError(error.errno, text, error.filename) from None
 
 
-def replaceable(path: str | bytes | os.PathLike[str]) -> bool:
-    """Whether all there is under `path` is files of a checkpoint of OneFlow's."""
-    waiting = [(os.fsdecode(path), _OWN)]
+def replaceable(path: str | bytes | os.PathLike[str], fd: int | None = None) -> bool:
+    """Whether a folder is empty, or a checkpoint of OneFlow's with nothing else in it.
+
+    Parameters
+    ----------
+    path : str, bytes or os.PathLike
+    fd : int, optional
+        A descriptor of the folder; `path` then says only what it is called.
+    """
     try:
-        while waiting:
-            folder, files = waiting.pop()
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append((entry.path, _PART))
-                    elif entry.name not in files or entry.is_symlink():
-                        return False
-    except (FileNotFoundError, NotADirectoryError):
-        return False  # nothing that could be lost
+        with closing(FolderSource(path, fd=fd)) as folder:
+            return not folder.entries() or _is_checkpoint(folder)
+    except (FileNotFoundError, NotADirectoryError, FormatError):
+        return False
+
+
+def _is_checkpoint(folder: FolderSource) -> bool:
+    """Whether a folder says that it is a checkpoint, and all in it is part of one.
+
+    Its names alone are no sign: many programs have a folder ``out``.
+    """
+    top = folder.entries()
+    if not any(top.get(mark) == "file" for mark in _MARKS):
+        return False
+    variables: list[str] = []
+    waiting = [""]
+    while waiting:
+        path = waiting.pop()
+        inside = folder.entries(path)
+        own = _PART if path else _OWN
+        deeper = [name for name, kind in inside.items() if kind == "folder"]
+        files = {name for name, kind in inside.items() if kind == "file" and name in own}
+        if len(deeper) + len(files) < len(inside) or path.count("/") >= _MAX_LEVELS:
+            return False
+        if DATA in files:
+            variables.append(path)
+        elif META in files or not inside:
+            return False
+        waiting += [f"{path}/{name}" if path else name for name in deeper]
+    metas = folder.read([f"{path}/{META}" if path else META for path in variables], most=MOST)
+    said = [meta for meta in metas if meta is not None]
+    if len(said) < len(metas):
+        # Before November of 2020 no variable had one.
+        return not said and top.get(DONE) == "file"
+    parse_all(said, variables)
     return True

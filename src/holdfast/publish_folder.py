@@ -67,7 +67,7 @@ def write_folder(
     durable: bool,
     threads: int = 0,
     progress: ProgressArgument = None,
-    replace: bool = True,
+    replace: bool | Callable[[int], bool] = True,
     release: np.ndarray | None = None,
 ) -> None:
     """Write each tensor of `batch` to a file of its own, and the plan's texts beside them.
@@ -87,8 +87,10 @@ def write_folder(
     threads : int
         0: the engine chooses.
     progress : callable or True, optional
-    replace : bool
-        Whether a folder of that name with something in it may be replaced.
+    replace : bool or callable
+        Whether a folder of that name with something in it may be replaced; or what says so, given
+        a descriptor of it. That is asked before anything is written, and again when all is: no
+        other folder is replaced than the one about which it was asked then.
     release : ndarray of bool, optional
         Rows of the batch that are memory of unchanged maps, of which what has been written is let
         go. Small ones are not.
@@ -106,10 +108,14 @@ def write_folder(
     small = (dense & (nbytes <= SMALL)) | (nbytes == 0)
     texts = {key: text for key, text in plan.texts.items() if key != plan.last}
     total = int(nbytes.sum()) + sum(map(len, plan.texts.values()))
+    ask = replace if callable(replace) else None
     with (
         reporting(progress, total) as report,
-        _engine.FolderPublication(path, replace=replace) as publication,
+        _engine.FolderPublication(path, replace=bool(replace)) as publication,
     ):
+        # Not before it has begun, which puts back what a process that died has moved away.
+        if ask is not None:
+            publication.ask(ask)
         so_far = _Progress(report)
         few = _gathered(plan, batch, np.flatnonzero(small), texts)
         _write_small(publication.fd, few, threads, so_far, name)
@@ -118,7 +124,7 @@ def write_folder(
         if plan.last is not None:
             last = _gathered(plan, batch, np.arange(0), {plan.last: plan.texts[plan.last]})
             _write_small(publication.fd, last, threads, so_far, name)
-        publication.commit(durable)
+        publication.commit(durable, ask)
 
 
 def _gathered(

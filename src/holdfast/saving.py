@@ -57,6 +57,8 @@ class SaveOptions:
 
 def save_file(obj: Any, f: FileLike, options: SaveOptions) -> None:
     """Save an object to a file."""
+    if type(obj) is StateDict:
+        obj = dict(obj)
     if options.max_shard_size is not None:
         from . import sharding
 
@@ -68,8 +70,6 @@ def save_file(obj: Any, f: FileLike, options: SaveOptions) -> None:
     extension = os.path.splitext(path)[1].lower()
     if _program(obj, f, extension, options):
         return
-    if type(obj) is StateDict:
-        obj = dict(obj)
     if options.format == "oneflow":  # no single file, as the others are
         from .oneflow_saving import save_oneflow
 

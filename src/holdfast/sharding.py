@@ -8,6 +8,9 @@ only the old one used is removed after it.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import fractions
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +20,7 @@ import numpy as np
 
 from . import formats, objects
 from .collect import Collection, collect
+from .folder import FolderSource
 from .formats import shards
 from .layout import Pieces, Plan
 from .progress import reporting
@@ -30,7 +34,9 @@ __all__ = ["save_shards", "size_of"]
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 #: What shards are called that were written here, or by Hugging Face's tools.
-_OURS = re.compile(r"model(\.next)?(-\d{5}-of-\d{5})?\.safetensors")
+_OURS = re.compile(r"model(\.next\d*)?(-\d{5}-of-\d{5})?\.safetensors")
+#: Which shards a save is about to write, for the one after it if it is killed.
+_JOURNAL = ".holdfast-shards"
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -53,7 +59,8 @@ def size_of(most: int | str) -> int:
         if match is None:
             raise ValueError(f"max_shard_size: expected a size such as '5GB', found {most!r}")
         number, unit, binary = match.groups()
-        found = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
+        exact = fractions.Fraction(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()]
+        found = int(exact)
     assert isinstance(found, int)
     if found < 1:
         raise ValueError(f"max_shard_size must be at least one byte, not {most!r}")
@@ -71,31 +78,63 @@ def save_shards(obj: Any, f: object, options: SaveOptions, most: int) -> None:
     if options.format not in (None, "safetensors"):
         raise ValueError(f"max_shard_size= writes safetensors files, not {options.format!r}")
     folder = os.fsdecode(f)  # type: ignore[arg-type]
-    if os.path.splitext(folder)[1].lower() == ".safetensors":
+    if formats.is_extension(os.path.splitext(folder)[1].lower()) and not os.path.isdir(folder):
         raise ValueError(f"{folder}: max_shard_size= writes several files: give a folder for them")
     flat, blobs = objects.flatten(obj)
     found = collect(flat.names, flat.leaves)
     tree = objects.tree_of(flat, blobs, found)
     groups = shards.split(found.batch.views["nbytes"].tolist(), most)
     made = _make_folder(folder)
-    old = _used(folder)
     try:
-        if len(groups) == 1:
-            _write(folder, _SINGLE, found, groups[0], tree, options, None)
-            _remove(folder, [_INDEX])
-            names = [_SINGLE]
-        else:
-            names = shards.shard_names(len(groups), sorted(old))
-            _write_all(folder, names, groups, found, tree, options)
+        with _locked(folder):
+            _replace(folder, groups, found, tree, options)
     except BaseException:
         if made:
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
         raise
-    stale = [name for name in os.listdir(folder) if _OURS.fullmatch(name) or name in old]
-    _remove(folder, [name for name in stale if name not in names])
+
+
+def _replace(
+    folder: str, groups: list[range], found: Collection, tree: object, options: SaveOptions
+) -> None:
+    """Write the files of a checkpoint, and remove those that only the one before it used."""
+    with contextlib.closing(FolderSource(folder)) as source:
+        source.links = True
+        old, others = _used(source)
+    _clear(folder, old | others)
+    if len(groups) == 1:
+        names = [_SINGLE]
+        _write(folder, _SINGLE, found, groups[0], tree, options, None)
+        _remove(folder, [_INDEX])
+    else:
+        names = shards.shard_names(len(groups), os.listdir(folder))
+        _write_all(folder, names, groups, found, tree, options)
     if options.durable:
-        _flush(folder)
+        _flush(folder)  # before files go that the old index needs
+    own = {name for name in {_SINGLE, *old} - others if _OURS.fullmatch(name)}
+    _remove(folder, sorted(own.difference(names)))
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Keep other saves out of a folder.
+
+    Raises
+    ------
+    BlockingIOError
+        One is under way.
+    """
+    with _descriptor(folder) as fd:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            text = "Another save to this folder is under way"
+            raise BlockingIOError(error.errno, text, folder) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise  # a file system without locks is none of these
+        yield
 
 
 def _make_folder(folder: str) -> bool:
@@ -109,13 +148,29 @@ def _make_folder(folder: str) -> bool:
     return True
 
 
-def _used(folder: str) -> set[str]:
-    """The files of the checkpoint that is in a folder."""
+def _used(source: FolderSource) -> tuple[set[str], set[str]]:
+    """The files of the checkpoint that a folder holds, and of others that have an index in it."""
+    indexes = [name for name in source.entries() if name.endswith(".index.json")]
+    texts = source.read(indexes, most=shards.MOST)
+    files = {
+        name: shards.weight_files(text)
+        for name, text in zip(indexes, texts, strict=True)
+        if text is not None
+    }
+    old = files.pop(_INDEX, set())
+    return old, set().union(*files.values())
+
+
+def _clear(folder: str, used: set[str]) -> None:
+    """Remove what a save left that was killed: it had said which files it would write."""
+    journal = os.path.join(folder, _JOURNAL)
     try:
-        with open(os.path.join(folder, _INDEX), "rb") as file:
-            return shards.weight_files(file.read())
-    except FileNotFoundError:
-        return {_SINGLE} if os.path.lexists(os.path.join(folder, _SINGLE)) else set()
+        with open(journal, "rb") as file:
+            names = set(file.read(shards.MOST).decode("utf-8", "replace").split("\n"))
+    except (FileNotFoundError, IsADirectoryError):
+        return
+    _remove(folder, sorted(name for name in names - used if _OURS.fullmatch(name)))
+    _remove(folder, [_JOURNAL])
 
 
 def _write_all(
@@ -134,19 +189,22 @@ def _write_all(
     text = shards.index_text(
         weight_map, total, framework=found.framework, metadata=options.metadata, tree=tree
     )
+    _write_text(os.path.join(folder, _JOURNAL), "\n".join(names).encode(), options.durable)
     written: list[str] = []
     try:
         with reporting(options.progress, total) as report:
             done = 0
             for name, rows in zip(names, groups, strict=True):
-                written.append(name)
                 own = int(found.batch.views["nbytes"][rows.start : rows.stop].sum())
                 _write(folder, name, found, rows, None, options, _behind(report, done, own))
+                written.append(name)
                 done += own
             _write_text(os.path.join(folder, _INDEX), text, options.durable)
     except BaseException:
         _remove(folder, written)
         raise
+    finally:
+        _remove(folder, [_JOURNAL])
 
 
 def _write(

@@ -46,7 +46,7 @@ class Report:
 def verify_file(f: FileLike, *, threads: int) -> Report:
     """What :func:`holdfast.verify` does."""
     try:
-        reader = Reader(open_origin(f))
+        reader = Reader(open_origin(f), strict=True)
     except FormatError as error:
         return Report([str(error)], 0, 0)
     with reader:

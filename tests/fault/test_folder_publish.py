@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import holdfast
 from holdfast import _engine
 
 FATAL = [errno.ENOSPC, errno.EIO]
@@ -68,11 +72,14 @@ def save(
     durable: bool = False,
     replace: bool = True,
     begun: Callable[[], object] = lambda: None,
+    ask: Callable[[int], bool] | None = None,
 ) -> None:
     with _engine.FolderPublication(path, replace=replace) as publication:
         begun()
+        if ask is not None:
+            publication.ask(ask)
         fill(publication.fd, files)
-        publication.commit(durable)
+        publication.commit(durable, ask)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -109,7 +116,7 @@ def make(target: Path, existing: str) -> None:
     target.chmod(OLD_MODE)
 
 
-def fail_each(target: Path, existing: str, error: int, **how: bool) -> tuple[int, Counter[str]]:
+def fail_each(target: Path, existing: str, error: int, **how: Any) -> tuple[int, Counter[str]]:
     """Save with the 1st, 2nd, 3rd... call failing; how many there are, and which raised."""
     raised: Counter[str] = Counter()
     n = 0
@@ -161,6 +168,15 @@ def test_survives(way: str, place: Path, error: int, durable: bool, existing: st
 
 
 @pytest.mark.parametrize("existing", ["nothing", "empty", "full"])
+@pytest.mark.parametrize("error", [errno.EIO, errno.EINTR], ids=errno.errorcode.get)
+def test_survives_where_it_is_asked(way: str, place: Path, error: int, existing: str) -> None:
+    count, raised = fail_each(place / "target", existing, error, durable=True, ask=lambda fd: True)
+
+    assert count > 20
+    assert bool(raised) == (error == errno.EIO)
+
+
+@pytest.mark.parametrize("existing", ["nothing", "empty", "full"])
 @pytest.mark.parametrize("durable", [False, True], ids=["fast", "durable"])
 @pytest.mark.parametrize("error", PASSING, ids=["EINTR", "short"])
 def test_overcomes(way: str, place: Path, error: int, durable: bool, existing: str) -> None:
@@ -194,6 +210,47 @@ def test_what_cannot_be_removed_is_left_to_the_next_save(tmp_path: Path) -> None
 
     assert os.listdir(tmp_path) == ["target"]
     assert files_of(target) == OLD
+
+
+@pytest.mark.parametrize("ban", ["exchange", "renameat"])
+def test_the_old_folder_stays_where_it_cannot_be_put_back(tmp_path: Path, ban: str) -> None:
+    """The folder's name cannot be made to last, and then it cannot be undone either."""
+    target = tmp_path / "target"
+    many = {f"t{i}": b"x" for i in range(300)}  # synced all at once, so only the name is not
+    save(target, OLD)
+    failures: list[OSError] = []
+
+    def saver() -> None:
+        try:
+            save(target, many, durable=True)
+        except OSError as error:
+            failures.append(error)
+
+    # Whoever undoes a save waits for the old folder's lock: time to make the next call fail.
+    fd = os.open(target, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    _engine.fault_ban("fsync", errno.EIO)
+    try:
+        thread = threading.Thread(target=saver)
+        thread.start()
+        until = time.monotonic() + 60
+        while not (target / "t0").exists() and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(0.2)
+        _engine.fault_ban(ban, errno.EIO)
+    finally:
+        os.close(fd)
+        thread.join()
+        _engine.fault_ban(None, 0)
+
+    assert [error.errno for error in failures] == [errno.EIO]
+    if ban == "renameat":  # which an exchange does not need
+        assert files_of(target) == OLD
+        assert os.listdir(tmp_path) == ["target"]
+    else:
+        assert files_of(target) == many
+        (left,) = (path for path in tmp_path.iterdir() if path != target)
+        assert files_of(left) == OLD
 
 
 def test_many_files_are_synced_all_at_once(tmp_path: Path) -> None:
@@ -316,6 +373,29 @@ os._exit(0)
 
     assert files_of(target) == NEW
     assert os.listdir(tmp_path) == ["target"]
+
+
+def test_a_save_for_oneflow_undoes_them_too(tmp_path: Path, script: Callable[..., str]) -> None:
+    target = tmp_path / "model"
+    holdfast.save({"a": np.zeros(2)}, target, format="oneflow")
+    script(
+        """
+import os, sys
+from holdfast import _engine
+publication = _engine.FolderPublication(sys.argv[1])
+temp = next(n for n in os.listdir(sys.argv[2]) if n.endswith(".tmp"))
+os.rename(sys.argv[1], os.path.join(sys.argv[2], temp[:-3] + "old"))
+os._exit(0)
+""",
+        target,
+        tmp_path,
+    )
+    assert not target.exists()
+
+    holdfast.save({"b": np.ones(2)}, target, format="oneflow")
+
+    assert list(holdfast.load(target)) == ["b"]
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_a_living_owner_keeps_its_folder(tmp_path: Path) -> None:

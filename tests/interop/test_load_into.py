@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import holdfast
 from holdfast import _engine, fill
+from holdfast.layout import ENTRY
 
 
 def test_numpy_dict(tmp_path: Path) -> None:
@@ -174,6 +176,42 @@ def test_part_of_a_network_under_other_names(tmp_path: Path) -> None:
     rules = {r"^module\.": "", r"^head\.(\w+)$": r"neck.\1", r"^backbone\.w$": "v"}
     holdfast.load_into(other, tmp_path / "x", rename=rules)
     assert other["neck.w"].tolist() == [2.0] * 3 and other["v"].tolist() == [1.0] * 2
+
+
+@pytest.mark.parametrize("form", ["oneflow", "shards"])
+def test_files_of_a_folder_are_read_in_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    obj = {f"w{i}": np.full(100 + i, i, "f4") for i in range(30)}
+    if form == "oneflow":
+        holdfast.save(obj, tmp_path / "x", format="oneflow")
+    else:
+        holdfast.save(obj, tmp_path / "x", max_shard_size=2000)
+    passes: list[int] = []
+    read = fill._read_into
+
+    def counted(reader: Any, matches: list[Any], threads: int) -> None:
+        passes.append(len(matches))
+        read(reader, matches, threads)
+
+    monkeypatch.setattr(fill, "_read_into", counted)
+    target = {name: np.zeros_like(array) for name, array in obj.items()}
+    holdfast.load_into(target, tmp_path / "x")
+    assert passes == [30]
+    assert all((target[name] == array).all() for name, array in obj.items())
+
+
+def test_passes_over_several_files() -> None:
+    def spread(*places: tuple[int, int, int]) -> list[list[int]]:
+        entries = np.zeros(len(places), ENTRY)
+        for i, (file, offset, nbytes) in enumerate(places):
+            entries[i]["file"], entries[i]["offset"], entries[i]["nbytes"] = file, offset, nbytes
+        index: Any = SimpleNamespace(entries=entries)
+        matches: list[Any] = [SimpleNamespace(row=i) for i in range(len(places))]
+        return [[match.row for match in one] for one in fill._passes(index, matches)]
+
+    assert spread((1, 0, 8), (0, 0, 8), (0, 8, 8), (1, 8, 8)) == [[1, 2, 0, 3]]
+    assert spread((0, 0, 8), (0, 4, 8), (1, 4, 8), (1, 4, 8)) == [[0, 2], [1, 3]]
 
 
 def test_renaming_that_cannot_be(tmp_path: Path) -> None:

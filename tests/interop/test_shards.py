@@ -1,11 +1,10 @@
-"""Checkpoints in several files: saved, loaded as one, replaced, and refused when they lie."""
+"""Checkpoints in several files: saved, loaded as one, replaced."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 import holdfast
-from holdfast import ChecksumError, FormatError, _engine
+from holdfast import ChecksumError, _engine
 from holdfast.sharding import size_of
 
 INDEX = "model.safetensors.index.json"
@@ -230,14 +229,6 @@ def test_shards_of_torch(tmp_path: Path) -> None:
     assert isinstance(holdfast.load(path, framework="numpy")["view0"], np.ndarray)
 
 
-def test_the_cache_of_the_hub_is_links(saved: Path, tmp_path: Path) -> None:
-    snapshot = tmp_path / "snapshots"
-    snapshot.mkdir()
-    for name in listing(saved):
-        (snapshot / name).symlink_to(f"../{saved.name}/{name}")
-    assert same(holdfast.load(snapshot), tensors())
-
-
 # ---- replacing ------------------------------------------------------------------------------
 
 
@@ -292,116 +283,3 @@ def test_a_new_folder_is_not_left_behind(tmp_path: Path) -> None:
     finally:
         _engine.fault_ban(None, 0)
     assert not (tmp_path / "c").exists()
-
-
-# ---- indexes that lie -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "file",
-    ["../model/a.safetensors", "/etc/passwd", "sub/a", "..", ".", "", "a\\b", "C:a", "a\0b", 3],
-)
-def test_files_outside_the_folder_are_refused(saved: Path, file: Any) -> None:
-    rewrite(saved, lambda found: found["weight_map"].update({"layer.0.w": file}))
-    with pytest.raises(FormatError, match=r"layer\.0\.w.*same folder"):
-        holdfast.load(saved)
-
-
-def test_a_missing_shard(saved: Path) -> None:
-    (saved / shards("model", 5)[2]).unlink()
-    with pytest.raises(FormatError, match=r"00003-of-00005\.safetensors: a file .* is missing"):
-        holdfast.load(saved)
-
-
-def test_a_tensor_that_is_not_in_its_shard(saved: Path) -> None:
-    rewrite(saved, lambda found: found["weight_map"].update(x="model-00001-of-00005.safetensors"))
-    with pytest.raises(FormatError, match="'x' is not in it"):
-        holdfast.load(saved)
-
-
-def test_a_tensor_that_stands_in_two(saved: Path) -> None:
-    def move(found: dict[str, Any]) -> None:
-        found["weight_map"]["layer.0.w"] = "other.safetensors"
-
-    holdfast.save({"layer.0.w": tensors()["layer.0.w"]}, saved / "other.safetensors")
-    rewrite(saved, move)
-    with pytest.raises(FormatError, match="two checkpoints"):
-        holdfast.load(saved)
-
-
-def test_a_tensor_that_the_index_leaves_out_is_a_warning(saved: Path) -> None:
-    rewrite(saved, lambda found: found["weight_map"].pop("layer.0.w"))
-    with pytest.warns(UserWarning, match=r"layer\.0\.w"):
-        assert "layer.0.w" not in holdfast.load(saved)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "{}",
-        '{"weight_map": []}',
-        '{"weight_map": {"a": "x", "a": "y"}}',
-        '{"weight_map": {}, "metadata": 3}',
-        '{"weight_map": {"a": NaN}}',
-        '{"weight_map": ' + "[" * 100_000,
-        '{"weight_map": {}, "metadata": {"holdfast": {"version": 1}}}',
-        '{"weight_map": {}, "metadata": {"holdfast": 3}}',
-    ],
-    ids=range(9),
-)
-def test_damaged_indexes(tmp_path: Path, text: str) -> None:
-    (tmp_path / INDEX).write_text(text)
-    with pytest.raises(FormatError):
-        holdfast.load(tmp_path)
-
-
-def test_an_index_of_a_newer_version(saved: Path) -> None:
-    path = saved / INDEX
-    data = path.read_bytes().replace(b'"version": 1', b'"version": 9')
-    at = data.index(b'"crc32": "') + 10
-    crc = b"%08x" % zlib.crc32(data[:at] + b"0" * 8 + data[at + 8 :])
-    path.write_bytes(data[:at] + crc + data[at + 8 :])
-    with pytest.raises(FormatError, match="newer holdfast"):
-        holdfast.load(saved)
-    assert same(holdfast.load(saved, verify=False), tensors())
-
-
-def test_an_index_as_a_file_object_is_told_why_not(saved: Path) -> None:
-    import io
-
-    with pytest.raises(FormatError, match="path"):
-        holdfast.load(io.BytesIO((saved / INDEX).read_bytes()))
-
-
-def test_a_shard_that_is_an_index(saved: Path) -> None:
-    (saved / shards("model", 5)[0]).write_bytes((saved / INDEX).read_bytes())
-    with pytest.raises(FormatError, match="found an index"):
-        holdfast.load(saved)
-
-
-def test_a_shard_that_is_a_pipe_does_not_hang(saved: Path) -> None:
-    path = saved / shards("model", 5)[1]
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(FormatError, match="neither a file"):
-        holdfast.load(saved)
-
-
-def test_two_indexes_are_one_too_many(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        holdfast.save(tensors(), tmp_path / name, max_shard_size=8000)
-        (tmp_path / name / INDEX).rename(tmp_path / f"{name}.index.json")
-    with pytest.raises(FormatError, match="give the path of one"):
-        holdfast.load(tmp_path)
-
-
-def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError, match="found nothing"):
-        holdfast.load(tmp_path)
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(IsADirectoryError, match=r"notes\.txt"):
-        holdfast.open(tmp_path)
-    (tmp_path / ".metadata").write_bytes(b"")
-    with pytest.raises(FormatError, match=r"torch\.distributed"):
-        holdfast.load(tmp_path)

@@ -100,7 +100,7 @@ def test_what_is_written_here_is_read_there(other: Other, tmp_path: Path) -> Non
     rng = np.random.default_rng(3)
     dtypes = ("bool", "int8", "uint8", "int32", "int64", "float16", "float32", "float64")
     every = {name: (8 * rng.random((3, 5, 2))).astype(name) for name in dtypes}
-    every.update(zero=np.float32(2).reshape(()), none=np.zeros((2, 0)), turned=every["int32"].T)
+    every.update(zero=np.full((), 2, np.float32), none=np.zeros((2, 0)), turned=every["int32"].T)
     every["large"] = rng.random((700, 1001)).astype("f4")
     folder = tmp_path / "here"
     folder.mkdir()
@@ -109,6 +109,8 @@ def test_what_is_written_here_is_read_there(other: Other, tmp_path: Path) -> Non
         for name, obj in (("flat", every), ("deep", {"model": every, "rest": [every["bool"], 1]})):
             path = folder / f"{name}-{layout}"
             holdfast.oneflow.save(obj, path, layout=layout)
+            flat_folder = (layout, name) == ("snapshot", "flat")
+            assert (path / "snapshot_done").exists() == flat_folder
             expected[path.name] = flat(obj)
     assert other("load", folder) == expected
 

@@ -62,3 +62,12 @@ def test_names_that_the_output_cannot_encode(tmp_path: Path) -> None:
             capture_output=True,
         )
         assert done.returncode == 0 and shown in done.stdout, done
+
+
+def test_info_of_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    obj = {"a": np.ones(2, "f4"), "b": np.ones(3, "f4")}
+    holdfast.save(obj, tmp_path / "shards", max_shard_size=8)
+    assert main(["info", str(tmp_path / "shards")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("shards/model-00001-of-00002.safetensors")
+    assert lines[1].endswith("shards/model-00002-of-00002.safetensors")

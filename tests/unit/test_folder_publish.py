@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,16 @@ from holdfast import _engine
 ROOT = os.geteuid() == 0
 
 
-def save(path: str | bytes | os.PathLike[str], text: bytes = b"new", replace: bool = True) -> None:
+def save(
+    path: str | bytes | os.PathLike[str],
+    text: bytes = b"new",
+    replace: bool = True,
+    ask: Callable[[int], bool] | None = None,
+) -> None:
     with _engine.FolderPublication(path, replace=replace) as publication:
         with open(_engine.create_beneath(publication.fd, b"file"), "wb") as file:
             file.write(text)
-        publication.commit(False)
+        publication.commit(False, ask)
 
 
 def mode(path: Path) -> int:
@@ -74,6 +81,69 @@ def test_one_that_came_meanwhile_is_not_replaced_unasked(tmp_path: Path) -> None
             publication.commit(False)
 
     assert (target / "file").read_bytes() == b"theirs"
+    assert os.listdir(tmp_path) == ["target"]
+
+
+@pytest.mark.parametrize("ban", ["", "exchange"], ids=["exchanged", "aside"])
+@pytest.mark.parametrize("times", [1, 1000])
+def test_only_the_folder_that_was_asked_about_is_replaced(
+    tmp_path: Path, ban: str, times: int
+) -> None:
+    """Another takes its name between the question and the answer."""
+    target = tmp_path / "target"
+    save(target, b"0")
+    asked: list[bytes] = []
+
+    def may_replace(fd: int) -> bool:
+        with open(os.open("file", os.O_RDONLY, dir_fd=fd), "rb") as file:
+            asked.append(file.read())
+        if len(asked) <= times:
+            target.rename(tmp_path / f"moved{len(asked)}")
+            target.mkdir()
+            (target / "file").write_bytes(b"%d" % len(asked))
+        return True
+
+    _engine.fault_ban(ban or None, errno.EINVAL)
+    try:
+        with _engine.FolderPublication(target) as publication:
+            if times == 1:
+                publication.commit(False, may_replace)
+            else:
+                with pytest.raises(OSError) as caught:
+                    publication.commit(False, may_replace)
+                assert caught.value.errno == errno.EBUSY
+    finally:
+        _engine.fault_ban(None, 0)
+
+    if times == 1:
+        assert asked == [b"0", b"1"]
+        assert os.listdir(target) == []
+        assert sorted(os.listdir(tmp_path)) == ["moved1", "target"]
+    else:
+        assert (target / "file").read_bytes() == b"%d" % len(asked)
+    assert (tmp_path / "moved1" / "file").read_bytes() == b"0"
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_the_last_answer_counts(tmp_path: Path, existing: bool) -> None:
+    target = tmp_path / "target"
+    if existing:
+        save(target, b"one")
+    with _engine.FolderPublication(target) as publication:
+        publication.ask(lambda fd: True)
+        save(target, b"two")
+        with pytest.raises(FileExistsError):
+            publication.ask(lambda fd: False)
+        with pytest.raises(FileExistsError):
+            publication.commit(False, lambda fd: False)
+    with _engine.FolderPublication(target) as publication:
+        with pytest.raises(ZeroDivisionError):
+            publication.ask(lambda fd: bool(1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            publication.commit(False, lambda fd: bool(1 / 0))
+
+    assert (target / "file").read_bytes() == b"two"
     assert os.listdir(tmp_path) == ["target"]
 
 
@@ -243,14 +313,15 @@ def test_a_file_and_a_folder_of_one_name_do_not_disturb_each_other(tmp_path: Pat
     assert target.is_dir()
 
 
-def test_savers_side_by_side(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ask", [None, lambda fd: True], ids=["unasked", "asked"])
+def test_savers_side_by_side(tmp_path: Path, ask: Callable[[int], bool] | None) -> None:
     target = tmp_path / "target"
     failures: list[BaseException] = []
 
     def saver(text: bytes) -> None:
         try:
             for _ in range(30):
-                save(target, text)
+                save(target, text, ask=ask)
         except BaseException as error:
             failures.append(error)
 

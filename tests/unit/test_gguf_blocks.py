@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,17 @@ def test_tensors(mapped: bool, rows: list[int] | None, tmp_path: Path) -> None:
         source.close()
 
 
+def test_one_tensor_of_many_costs_nothing_of_the_others() -> None:
+    import gguf_files
+
+    data = build([Tensor.random(f"w{i}", (i + 1, 32), "Q8_0") for i in range(300)])
+    index = gguf.index(gguf_files.reader(data), len(data), "x")
+    rows = np.array([200, 7])
+    found = dequantize(index, fetch.blank_tensors(index, rows), rows)
+    assert [array.shape for array in by_name("numpy").wrap(found, {})] == [(201, 32), (8, 32)]
+    assert len(found.dims) <= 10  # and not those of all 300
+
+
 def test_the_index_of_what_is_dequantized() -> None:
     import gguf_files
 
@@ -223,3 +235,16 @@ def test_the_index_of_what_is_dequantized() -> None:
         assert found.dtype(row).nbytes(found.shape(row)) == found.entries[row]["nbytes"]
         assert found.entries[row]["offset"] == index.entries[row]["offset"]
     assert dequantized(found) is found
+
+
+def test_the_compiler_is_told_to_round_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing else keeps one from contracting a * b + c where the machine has fma for everyone.
+    setuptools = pytest.importorskip("setuptools")
+    pytest.importorskip("Cython")
+    script = Path(__file__).parents[2] / "setup.py"
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", asked.update)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "egg_info"])
+    runpy.run_path(str(script))
+    args = {one.name: one.extra_compile_args for one in asked["ext_modules"]}
+    assert "-ffp-contract=off" in args["holdfast.formats._gguf"]

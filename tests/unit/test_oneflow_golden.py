@@ -71,3 +71,38 @@ def _same(found: Any, expected: Any) -> int:
         return sum(_same(a, b) for a, b in zip(found, expected, strict=True))
     assert found == expected
     return 0
+
+
+def _array(tensor: Any) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach() if hasattr(tensor, "detach") else tensor)
+
+
+ERAS = WRITTEN.parent / "eras"
+EXPECTED = json.loads((ERAS / "expected.json").read_text())
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("era", sorted(EXPECTED))
+def test_what_oneflow_wrote_opens_tensor_for_tensor(era: str, framework: str) -> None:
+    if framework == "torch":
+        pytest.importorskip("torch")
+    with holdfast.open(ERAS / era, framework=framework, strict=True) as f:
+        assert set(f) >= set(EXPECTED[era])
+        for name, tensor in EXPECTED[era].items():
+            info = f.info(name)
+            assert (info.dtype, list(info.shape)) == (tensor["dtype"], tensor["shape"])
+            found = _array(f[name])
+            assert hashlib.sha256(found.tobytes()).hexdigest() == tensor["sha256"]
+    loaded = holdfast.load(ERAS / era, framework=framework, mmap=False, keys="*")
+    for name, tensor in EXPECTED[era].items():
+        found = _array(loaded[name])
+        assert hashlib.sha256(found.tobytes()).hexdigest() == tensor["sha256"]
+
+
+@pytest.mark.parametrize("target", ["x.pt", "x.safetensors", "x"])
+def test_what_was_not_loaded_is_not_saved(tmp_path: Path, target: str) -> None:
+    module = holdfast.load(ERAS / "module_v3", framework="numpy")
+    form = {} if "." in target else {"format": "oneflow"}
+    with pytest.raises((TypeError, AttributeError), match=r"(?i)inert|cannot|Record"):
+        holdfast.save({"module": module}, tmp_path / target, **form)
+    assert not (tmp_path / target).exists()

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -416,6 +417,31 @@ def test_a_huge_meta(tmp_path: Path) -> None:
     (tmp_path / "ckpt/tensor_0/meta").write_bytes(b"#" * ((1 << 20) + 1))
     with pytest.raises(FormatError, match="tensor_0/meta.*at most 1048576 bytes"):
         files.index_folder(tmp_path / "ckpt")
+
+
+def test_many_large_metas(tmp_path: Path) -> None:
+    paths = [f"tensor_{i}" for i in range(40)]
+    obj = pairs({path: files.beside(path) for path in paths})
+    folder = files.pickle_folder(tmp_path / "ckpt", obj, dict.fromkeys(paths, FLOATS))
+    for path in paths:
+        with (folder / path / "meta").open("ab") as out:
+            out.write(b"#".ljust(1 << 19))
+    with pytest.raises(FormatError, match="at most 16941056 bytes in the 'meta' of 40 tensors"):
+        files.index_folder(folder)
+
+
+def test_a_huge_pickle_that_is_mostly_a_hole(tmp_path: Path) -> None:
+    index_beside(tmp_path, text("tensor_0"))
+    pickle = tmp_path / "ckpt" / "pickled_data"
+    end = pickle.stat().st_size
+    os.truncate(pickle, 256 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match=f"the pickle ends at {end}, the file at 268435456"):
+            files.index_folder(tmp_path / "ckpt")
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # -- the machine underneath ----------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,9 @@ def test_an_interrupted_save(tmp_path: Path) -> None:
 
 
 def test_no_variable(tmp_path: Path) -> None:
-    folder = snapshot(tmp_path / "ckpt", {})
+    check(snapshot(tmp_path / "ckpt", {}), {})
+    (tmp_path / "ckpt" / "snapshot_done").rename(tmp_path / "ckpt" / "model.mlir")
+    folder = tmp_path / "ckpt"
     with pytest.raises(FormatError, match="ckpt: expected sub-folders with 'out', found no var"):
         index_folder(folder)
 
@@ -250,6 +253,39 @@ def test_a_huge_meta(tmp_path: Path) -> None:
     (folder / "w" / "meta").write_bytes(b"#" * (1 << 20) + b"#")
     with pytest.raises(FormatError, match=r"w/meta.*at most 1048576 bytes, found 1048577"):
         index_folder(folder)
+
+
+def test_many_large_metas(tmp_path: Path) -> None:
+    folder = snapshot(tmp_path / "ckpt", {f"w{i:02}": WEIGHT for i in range(40)})
+    for i in range(40):
+        text = folder / f"w{i:02}" / "meta"
+        text.write_bytes(text.read_bytes() + b"#".ljust((1 << 19) - (i == 0)))
+        if i == 20:
+            assert len(index_folder(folder)) == 40  # a few may be as large as they like
+    with pytest.raises(FormatError, match=r"at most 16941056 bytes in the 'meta' of 40 tensors"):
+        index_folder(folder)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_variable_that_vanishes(tmp_path: Path, known: bool) -> None:
+    folder = snapshot(tmp_path / "ckpt", {"v": WEIGHT, "w": WEIGHT})
+    if not known:
+        for name in "vw":
+            (folder / name / "meta").unlink()
+
+    class Vanishing(FolderSource):
+        def entries(self, path: str = "") -> Mapping[str, str]:
+            found = super().entries(path)
+            if path == "w":
+                (folder / "w" / "out").unlink()
+            return found
+
+    source = Vanishing(folder)
+    try:
+        with pytest.raises(FormatError, match="tensor 'w': 'out' is gone"):
+            oneflow_snapshot.index_folder(source, verify=True, strict=True)
+    finally:
+        source.close()
 
 
 @pytest.mark.parametrize("what", ["w", "w/meta", "w/out", "link", "w/link", "snapshot_done"])

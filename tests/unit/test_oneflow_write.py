@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import io
+import os
 import pickle
 import re
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import holdfast
+import holdfast.oneflow
 from holdfast.dtypes import BY_NAME
 from holdfast.formats._oneflow_emit import CONSTANTS, Emitter
 from holdfast.formats._oneflow_write import check_elements, check_names, plan_snapshot
@@ -104,6 +107,17 @@ def test_snapshot_done_is_last() -> None:
 def test_an_empty_dict_is_an_empty_snapshot(tmp_path: Path) -> None:
     save({}, tmp_path / "x")
     assert tree(tmp_path / "x") == {"snapshot_done": b""}
+
+
+@pytest.mark.parametrize("layout", ["snapshot", "pickle"])
+def test_an_empty_dict_comes_back(tmp_path: Path, layout: str) -> None:
+    holdfast.oneflow.save({}, tmp_path / "x", layout=layout)
+    assert holdfast.load(tmp_path / "x") == {}
+    assert holdfast.verify(tmp_path / "x").ok
+    with holdfast.open(tmp_path / "x") as opened:
+        assert list(opened) == []
+    holdfast.convert(tmp_path / "x", tmp_path / "y.safetensors")
+    assert holdfast.load(tmp_path / "y.safetensors") == {}
 
 
 @pytest.mark.parametrize(
@@ -387,6 +401,67 @@ def test_only_a_checkpoint_is_replaced(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="lies in another"):
         save({"a/b": np.zeros(2)}, tmp_path / "nested")
     assert replaceable(tmp_path / "nested")
+
+
+def test_a_checkpoint_has_a_mark_and_a_meta_beside_every_out(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    save({"a": np.zeros(2), "b": np.zeros(2)}, path)
+    for mark in ("pickled_data", "model.mlir", "snapshot_done"):
+        next(path.glob("*_d*") if mark == "model.mlir" else path.glob("[psm]*")).rename(path / mark)
+        assert replaceable(path)
+    (path / "a" / "meta").write_text("shape: what a build makes of it")
+    assert not replaceable(path)
+    (path / "a" / "meta").unlink()
+    assert not replaceable(path)  # others have one
+    (path / "b" / "meta").unlink()
+    assert replaceable(path)  # as before November of 2020
+    (path / "snapshot_done").rename(path / "pickled_data")
+    assert not replaceable(path)
+
+
+@pytest.mark.parametrize("mark", [False, True])
+@pytest.mark.parametrize(
+    "inside", [["bin/out"], ["x/"], ["a/b/c/"], ["out"], ["meta"], ["x/meta"], ["snapshot_done/x/"]]
+)
+def test_folders_of_other_programs_are_not_replaced(
+    tmp_path: Path, inside: list[str], mark: bool
+) -> None:
+    for name in inside:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            (tmp_path / name).mkdir()
+        else:
+            (tmp_path / name).write_bytes(b"years of work")
+    if mark:
+        (tmp_path / "model.mlir").write_bytes(b"")
+    assert not replaceable(tmp_path)
+    with pytest.raises(FileExistsError, match="no part of a checkpoint, and would be lost"):
+        holdfast.save({"a": np.zeros(2)}, tmp_path, format="oneflow")
+    assert (tmp_path / inside[0]).exists()
+
+
+def test_what_comes_while_a_save_runs_is_not_lost(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    holdfast.save({"a": np.zeros(2)}, target, format="oneflow")
+
+    def work(done: int, total: int) -> None:
+        (target / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(FileExistsError, match="no part of a checkpoint, and would be lost"):
+        holdfast.save({"a": np.ones(2)}, target, format="oneflow", progress=work)
+    assert (target / "thesis.txt").read_text() == "years of work"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_checkpoint_that_comes_while_a_save_runs_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+
+    def other(done: int, total: int) -> None:
+        save({"b": np.zeros(2)}, target)
+
+    holdfast.save({"a": np.ones(2)}, target, format="oneflow", progress=other)
+    assert list(holdfast.load(target)) == ["a"]
+    assert os.listdir(tmp_path) == ["model"]
 
 
 @pytest.mark.parametrize("stray", ["notes.txt", "a/notes.txt", "link", "a/sub/model.py", "a/link"])

@@ -28,6 +28,7 @@ __all__ = [
     "Writing",
     "checksummed",
     "for_saving",
+    "is_extension",
     "of_folders",
     "recognise",
     "recognise_folder",
@@ -126,7 +127,7 @@ _READERS = (
 )
 
 #: Modules that read folders, likewise.
-_FOLDERS = ("oneflow_pickle", "oneflow_snapshot", "shards")
+_FOLDERS = ("shards", "oneflow_pickle", "oneflow_snapshot")
 
 #: What ``format=`` calls a format -> the module that writes it.
 _WRITERS = {
@@ -171,6 +172,11 @@ def _module(name: str) -> Any:
     return importlib.import_module(f".{name}", __name__)
 
 
+def is_extension(text: str) -> bool:
+    """Whether a file name that ends so means a format."""
+    return bool(text) and text in _EXTENSIONS
+
+
 def checksummed(form: Writing, asked: bool) -> bool:
     """Whether a file is written with checksums: as `asked`, unless the format leaves no choice."""
     return {"arrays": True, "array": False}.get(form.STRUCTURE, asked)
@@ -193,10 +199,11 @@ def for_saving(name: str | None, extension: str) -> Writing:
             "a path that ends in '.pt2' is for exported programs (torch.export); choose another "
             f"extension for a checkpoint, or one of format={known}"
         )
-    if name is None:
+    if name is None or name in _EXTENSIONS.values():
+        where = f"a path that ends in {extension!r} means" if name is None else "this is"
         raise ValueError(
-            f"a path that ends in {extension!r} means the format {chosen!r}, which cannot be "
-            f"written yet; choose another extension, or one of format={known}"
+            f"{where} the format {chosen!r}, which is read and not written; choose another "
+            f"extension, or one of format={known}"
         )
     raise ValueError(f"format {name!r} is unknown; known are {known}")
 

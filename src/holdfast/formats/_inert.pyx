@@ -54,6 +54,9 @@ cdef class Global:
         """``module.name``, fit for a message."""
         return shorten(f"{self.module}.{self.name}", 200)
 
+    def __reduce_ex__(self, protocol):
+        raise TypeError(f"{self!r} is an inert name of something that was not loaded; it cannot be saved")
+
     def __repr__(self):
         return f"<global {self.path}>"
 
@@ -108,6 +111,9 @@ cdef class Record:
         """This record, told its state."""
         self._held = (self._held[0], state)
         return self
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(f"{self!r} is an inert record of an object that was not loaded; it cannot be saved")
 
     def __repr__(self):
         cls = self._held[0]

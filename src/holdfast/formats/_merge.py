@@ -66,6 +66,7 @@ class _Merger:
     checked: list[np.ndarray] = field(default_factory=list)
     locations: list[str] = field(default_factory=list)
     kinds: dict[int, str] = field(default_factory=dict)
+    encodings: dict[int, str] = field(default_factory=dict)
     ndims: int = 0
     nstorages: int = 0
 
@@ -76,11 +77,9 @@ class _Merger:
         entries["file"] = number
         n = len(rows)
         base = len(self.names)
-        self.kinds.update(
-            (base + i, index.kinds[row])
-            for i, row in enumerate(rows.tolist() if index.kinds else ())
-            if row in index.kinds
-        )
+        for texts, own in ((self.kinds, index.kinds), (self.encodings, index.encodings)):
+            chosen = enumerate(rows.tolist() if own else ())
+            texts.update((base + i, own[row]) for i, row in chosen if row in own)
         self.names += names
         self.entries.append(entries)
         self.dims.append(index.dims)
@@ -174,6 +173,7 @@ def merge(name: str, shards: Sequence[Shard], order: Sequence[str] | None = None
         files=[file for file, _, _ in shards],
         strides=_joined(merger.strides, np.dtype(np.int64)) if merger.strided else None,
         kinds=merger.kinds,
+        encodings=merger.encodings,
         format=shards[0][1].format if shards else "",
     )
     flags = _joined(merger.flags, np.dtype(np.uint16))
@@ -204,7 +204,10 @@ def _reorder(index: Index, order: Sequence[str] | None, name: str) -> None:
     rows = np.array([position[tensor] for tensor in order], np.int64)
     index.names = NameList(list(order))
     index.entries = index.entries[rows]
-    index.kinds = {i: index.kinds[row] for i, row in enumerate(rows.tolist()) if row in index.kinds}
+    for texts in ("kinds", "encodings"):
+        own = getattr(index, texts)
+        chosen = enumerate(rows.tolist() if own else ())
+        setattr(index, texts, {i: own[row] for i, row in chosen if row in own})
     for column in ("storage", "flags", "crcs", "checked"):
         values = getattr(index, column)
         if values is not None:

@@ -6,6 +6,7 @@ that this form allows: a message ``shape`` of numbers ``dim``, and ``data_type``
 
 from __future__ import annotations
 
+import contextlib
 import re
 import reprlib
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from ..dtypes import BY_NAME, DType
 from ..errors import FormatError
+from ..layout import Folder
 
 __all__ = [
     "BY_NUMBER",
@@ -25,10 +27,14 @@ __all__ = [
     "meta_text",
     "parse",
     "parse_all",
+    "read_all",
 ]
 
 #: A `meta` of more bytes than this is refused.
 MOST = 1 << 20
+#: Together those of a folder may have so many bytes for each, and so many besides: what OneFlow
+#: writes is at most 2 KiB, and all of them are in memory at once.
+_EACH, _BESIDES = 4 << 10, 16 << 20
 #: More dimensions than this no framework has.
 MAX_NDIM = 64
 #: How deep messages that are not known may nest.
@@ -161,6 +167,28 @@ def parse(data: bytes, where: object) -> tuple[DType, tuple[int, ...]]:
             f"{error.start}"
         ) from None
     return _Reader(text, where).read()
+
+
+def read_all(folder: Folder, paths: Sequence[str]) -> list[bytes | None]:
+    """The texts in these files of a folder; None for those that do not exist.
+
+    Raises
+    ------
+    FormatError
+        One of them is too large, or all of them together are.
+    """
+    # What OneFlow writes is read at once; asking for sizes would be a second look at every file.
+    with contextlib.suppress(FormatError):
+        return folder.read(paths, most=_EACH)
+    # One that is too large by itself is left to be told of by its name.
+    total = sum([size for size in folder.sizes(paths).tolist() if 0 < size <= MOST])
+    most = len(paths) * _EACH + _BESIDES
+    if total > most:
+        raise FormatError(
+            f"{folder.name}: expected at most {most} bytes in the 'meta' of {len(paths)} tensors, "
+            f"found {total}"
+        )
+    return folder.read(paths, most=MOST)
 
 
 def parse_all(

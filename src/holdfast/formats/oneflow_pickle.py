@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from ..errors import FormatError
 from ..layout import Folder, Index
-from ._oneflow_meta import MOST as MOST_META
-from ._oneflow_meta import parse_all
+from ._oneflow_meta import parse_all, read_all
 from ._oneflow_pickle_index import Member, What, build
 from ._oneflow_pickle_object import Found, read_pickle, uncollected
 from ._oneflow_pickle_state import folder_of
-from ._window import MOST
 
 __all__ = ["LINKS", "index_folder", "sniff_folder"]
 
@@ -50,14 +48,11 @@ def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noq
 def _index(folder: Folder) -> Index:
     """What :func:`index_folder` returns."""
     name = f"{folder.name.rstrip('/')}/{PICKLE}"
-    (data,) = folder.read([PICKLE], most=MOST)
-    if data is None:
-        raise FormatError(f"{name}: a file of the checkpoint is missing")
-    view = memoryview(data)
-    found = read_pickle(lambda offset, nbytes: view[offset : offset + nbytes], len(data), name)
+    pickle = folder.part(PICKLE)
+    found = read_pickle(pickle.read, pickle.size, name)
     assert found is not None
-    if found.end != len(data):
-        raise FormatError(f"{name}: the pickle ends at {found.end}, the file at {len(data)}")
+    if found.end != pickle.size:
+        raise FormatError(f"{name}: the pickle ends at {found.end}, the file at {pickle.size}")
     first: dict[str, int] = {}  # the first tensor of each sub-folder
     for i, record in enumerate(found.tensors):
         path = folder_of(record, What(found, folder.name, i))
@@ -72,7 +67,7 @@ def _index(folder: Folder) -> Index:
 
 def _members(folder: Folder, found: Found, first: dict[str, int]) -> dict[str, Member]:
     """The sub-folders that tensors name, each with what it says of its elements."""
-    texts = folder.read([f"{path}/{META}" for path in first], most=MOST_META)
+    texts = read_all(folder, [f"{path}/{META}" for path in first])
     sizes = folder.sizes([f"{path}/{DATA}" for path in first]).tolist()
     what = [What(found, f"{folder.name.rstrip('/')}/{path}", row) for path, row in first.items()]
     for text, size, who in zip(texts, sizes, what, strict=True):

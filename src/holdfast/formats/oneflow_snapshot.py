@@ -19,8 +19,7 @@ from ..dtypes import BY_NAME, DTYPES, DType
 from ..errors import FormatError
 from ..layout import ENTRY, FOREIGN, STORAGE, Folder, Index
 from ..views import dense_strides
-from ._oneflow_meta import MOST as MOST_META
-from ._oneflow_meta import parse_all
+from ._oneflow_meta import parse_all, read_all
 from ._records import NameList
 
 __all__ = ["LINKS", "index_folder", "sniff_folder"]
@@ -29,6 +28,9 @@ __all__ = ["LINKS", "index_folder", "sniff_folder"]
 LINKS = False
 
 META, DATA, DONE = "meta", "out", "snapshot_done"
+#: What the newer layout has, that is no snapshot.
+PICKLE = "pickled_data"
+_USUAL = {META: "file", DATA: "file"}
 #: What a graph that was saved has besides its variables: never `DONE`.
 _GRAPHS = ("model.mlir", "job")
 #: Variables without ``meta`` of which it is known that they count steps: one int64.
@@ -43,27 +45,45 @@ _UPPER = 2 if sys.byteorder == "little" else 0
 _MAX_LEVELS = 64
 #: Of so many sub-folders is asked what is in them before a folder is taken for none of ours.
 _SNIFFED = 256
+_SNIFFED_LEVELS = 4
 
 _Said = tuple[DType, tuple[int, ...]]
 
 
 def sniff_folder(folder: Folder) -> bool:
-    """Whether a folder is of this format: of one without marks, whether a variable is in it."""
+    """Whether a folder is of this format: it has a mark, or variables and nothing else.
+
+    Without a mark, ``meta`` beside ``out`` in a sub-folder will do. Where there is no ``meta``, all
+    that there is has to be sub-folders with ``out``: many programs call a file so.
+    """
     found = folder.entries()
-    if any(found.get(name) == "file" for name in (DONE, DATA, *_GRAPHS[:1])):
+    if any(found.get(name) == "file" for name in (DONE, *_GRAPHS[:1])):
         return True
-    for _ in range(_MAX_LEVELS):
-        folders = [name for name, kind in found.items() if kind == "folder"][:_SNIFFED]
-        if not folders:
-            return False
-        if (folder.sizes([f"{name}/{DATA}" for name in folders]) >= 0).any():
+    if found.get(DATA) == "file" and set(found) <= {META, DATA}:
+        return True
+    folders = [name for name, kind in found.items() if kind == "folder"][:_SNIFFED]
+    alone = bool(folders) and set(found.values()) == {"folder"}
+    for _ in range(_SNIFFED_LEVELS):
+        deeper: list[str] = []
+        for path in folders:
+            inside = _inside(folder, path)
+            has = inside.get(DATA) == "file"
+            if has and inside.get(META) == "file":
+                return True
+            alone = alone and has and len(inside) == 1
+            deeper += [f"{path}/{name}" for name, kind in inside.items() if kind == "folder"]
+        if alone:
             return True
-        found = {
-            f"{path}/{name}": kind
-            for path in folders
-            for name, kind in folder.entries(path).items()
-        }
+        folders = deeper[:_SNIFFED]
     return False
+
+
+def _inside(folder: Folder, path: str) -> Mapping[str, str]:
+    """What is in a sub-folder; nothing where that cannot be told."""
+    try:
+        return folder.entries(path)
+    except (OSError, FormatError):
+        return {}
 
 
 def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noqa: ARG001
@@ -86,7 +106,8 @@ def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noq
     Raises
     ------
     FormatError
-        There is no variable; one is not all there or not of the size that it says; or the folder
+        There is no variable, nor the mark of a save that had none; one is not all there or not of
+        the size that it says; or the folder
         has symbolic links.
     """
     top = folder.entries()
@@ -94,6 +115,8 @@ def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noq
         paths, names = [""], ["tensor"]
     else:
         paths = names = _variables(folder, top)
+        if not names and top.get(DONE) == "file":
+            return _nothing()
         if not names:
             raise FormatError(
                 f"{folder.name}: expected sub-folders with {DATA!r}, found no variable"
@@ -105,6 +128,11 @@ def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noq
             warnings.warn(text, UserWarning, stacklevel=2)
     files = [f"{path}/{DATA}" if path else DATA for path in paths]
     sizes = folder.sizes(files)
+    gone = np.flatnonzero(sizes < 0)
+    if len(gone):
+        raise FormatError(
+            f"{folder.name}: tensor {names[int(gone[0])]!r}: {DATA!r} is gone meanwhile"
+        )
     said = _said(folder, paths, names, sizes)
     made = _index(folder.name, names, said, sizes)
     made.files = files
@@ -125,6 +153,14 @@ def _variables(folder: Folder, top: Mapping[str, str]) -> list[str]:
         deeper: list[str] = []
         for path in level:
             inside = folder.entries(path)
+            if inside == _USUAL:  # nearly all, of very many
+                found.append(path)
+                continue
+            if DONE in inside or PICKLE in inside:
+                raise FormatError(
+                    f"{folder.name}: a folder of several checkpoints, {path!r} the first; give the "
+                    "path of one"
+                )
             deeper += _folders(folder, path, inside)
             if inside.get(DATA) == "file":
                 found.append(path)
@@ -165,7 +201,7 @@ def _said(
     """Type and shape of each variable."""
     where = [f"{folder.name}: tensor {name!r}" for name in names]
     metas = [f"{path}/{META}" if path else META for path in paths]
-    texts = folder.read(metas, most=MOST_META)
+    texts = read_all(folder, metas)
     found = [text for text in texts if text is not None]
     if len(found) == len(texts):
         return parse_all(found, where)
@@ -244,6 +280,20 @@ def _index(name: str, names: list[str], said: Sequence[_Said], sizes: np.ndarray
     )
     if widened.any() or sys.byteorder != "little":
         _spread(made, said, sizes, widened)
+    return made
+
+
+def _nothing() -> Index:
+    """The index of a folder without variables."""
+    made = Index(
+        NameList([]),
+        np.zeros(0, ENTRY),
+        np.zeros(0, np.int64),
+        {},
+        framework="oneflow",
+        format="oneflow",
+    )
+    made.files = []
     return made
 
 

@@ -20,6 +20,7 @@ from ._merge import merge, select
 
 __all__ = [
     "LINKS",
+    "MOST",
     "index_folder",
     "index_text",
     "shard_names",
@@ -33,7 +34,7 @@ __all__ = [
 LINKS = True
 
 #: An index beyond this is none: a hundred bytes each for ten million tensors.
-_MOST = 1 << 30
+MOST = 1 << 28
 #: What the index is called, and single files that need none, in the order in which they are taken.
 _INDEXES = (
     "model.safetensors.index.json",
@@ -48,6 +49,8 @@ _VERSION = 1
 #: The digits of the checksum in an index, as we write it.
 _MARK = re.compile(rb'"holdfast": \{"version": [0-9]{1,9}, "crc32": "([0-9a-f]{8})"')
 _TRACE = re.compile(rb'\{"version": [0-9]{1,9}, "crc32": "[0-9a-f]{8}"')
+#: In bytes, on every file system of Linux.
+_LONGEST = 255
 _PLAIN = re.compile(r"[^/\\\0:]+")
 
 
@@ -66,8 +69,10 @@ def sniff_folder(folder: Folder) -> bool:
 
 
 def _index_of(folder: Folder) -> str:
-    """Name of the index in a folder, or nothing."""
+    """Name of the index in a folder, or nothing where a single file comes before it."""
     found = [name for name, kind in folder.entries().items() if kind in ("file", "link")]
+    if _INDEXES[0] not in found and _SINGLES[0] in found:
+        return ""
     known = next((name for name in _INDEXES if name in found), "")
     others = [name for name in found if name.endswith(_SUFFIX)]
     if not known and len(others) > 1:
@@ -99,7 +104,7 @@ def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noq
         name = _single_of(folder)
         return merge(folder.name, [(name, _shard(folder.part(name), verify), None)])
     name = f"{folder.name.rstrip('/')}/{start}"
-    data = folder.read([start], most=_MOST)[0]
+    data = folder.read([start], most=MOST)[0]
     if data is None:
         raise FormatError(f"{name}: the index is missing")
     found = _Listing.parse(data, name, verify=verify)
@@ -126,7 +131,7 @@ class _Listing:
         if not isinstance(weights, dict):
             raise FormatError(f"{name}: expected an index of shards, with an object 'weight_map'")
         for tensor, file in weights.items():
-            if not isinstance(file, str) or not _PLAIN.fullmatch(file) or file in (".", ".."):
+            if not isinstance(file, str) or not _is_plain(file):
                 raise FormatError(
                     f"{name}: tensor {short(tensor)}: expected the name of a file in the same "
                     f"folder, found {short(str(file))}"
@@ -137,12 +142,24 @@ class _Listing:
         mark = metadata.pop(_KEY, None)
         if verify:
             _check_mark(mark, data, name)
+        framework = mark.get("framework") if isinstance(mark, dict) else None
+        if not isinstance(framework, str | None):
+            raise FormatError(f"{name}: expected the name of a framework, found {framework!r}")
         texts = {
             key: text if isinstance(text, str) else json.dumps(text)
             for key, text in metadata.items()
             if key != "total_size"
         }
         return cls(name, weights, texts, mark if isinstance(mark, dict) else {})
+
+
+def _is_plain(file: str) -> bool:
+    """Whether a text can be the name of a file in the same folder."""
+    try:
+        length = len(file.encode())
+    except UnicodeEncodeError:
+        return False
+    return length <= _LONGEST and bool(_PLAIN.fullmatch(file)) and file not in (".", "..")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -263,13 +280,13 @@ def shard_names(count: int, taken: Sequence[str]) -> list[str]:
     without a complete one.
     """
     there = set(taken)
-    for base in ("model", "model.next"):
+    for base in ("model", "model.next", *(f"model.next{i}" for i in range(2, 1000))):
         names = [f"{base}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         if count == 1:
             names = [f"{base}.safetensors"]
         if there.isdisjoint(names):
             return names
-    raise FileExistsError("files of both model-… and model.next-… are there")
+    raise FileExistsError("a thousand sets of shards are there already")
 
 
 def index_text(
