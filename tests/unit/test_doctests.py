@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-import importlib.util
+import importlib
 import pkgutil
 
 import holdfast
@@ -16,9 +16,9 @@ def test_examples_run() -> None:
             continue  # runs the command
         try:
             found = importlib.import_module(module.name)
-        except ImportError:
-            if importlib.util.find_spec("torch") is None:
-                continue  # whatever needs it
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] in ("torch", "oneflow"):
+                continue  # which this module is for, and which is not installed
             raise
         result = doctest.testmod(found)
         assert result.failed == 0, module.name
