@@ -135,6 +135,9 @@ class Reader:
 
     def select(self, keys: str | Iterable[str]) -> dict[str, int]:
         """Names that `keys` asks for, in the order of the file, and their entries."""
+        asked: object = keys
+        if isinstance(asked, bytes) or not isinstance(asked, Iterable):
+            raise TypeError(f"keys must be names or patterns, not {type(keys).__name__}")
         wanted = [keys] if isinstance(keys, str) else list(keys)
         paths = self.paths()
         chosen: set[str] = set()

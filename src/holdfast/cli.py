@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 
 from . import __version__, convert, open, verify
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may be what it cannot encode
+    warnings.showwarning = _tell  # type: ignore[assignment]
     try:
         return int(options.run(options))
     except BrokenPipeError:
@@ -25,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"holdfast: {error}", file=sys.stderr)
         return 1
+
+
+def _tell(message: Warning | str, *_: object) -> None:
+    """Show a warning as the errors are shown, without the line of a program."""
+    print(f"holdfast: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

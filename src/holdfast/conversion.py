@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from .annotated import as_texts
 from .checkpoint import Reader
 from .collect import collect, split_kind
 from .dtypes import DTYPES
-from .errors import FormatError, UnsafeError
+from .errors import FormatError, UnsafeError, warn
 from .folder import open_origin
 from .formats import Writing
 from .layout import FOREIGN, SEGMENT, Index, Plan, Structure
@@ -216,10 +215,9 @@ class _Conversion:
                 return self._replayed(index.structure)
             except UnsafeError as error:
                 self._refuse_loss()
-                warnings.warn(
+                warn(
                     f"{reader.source.name}: converted as a flat dict of its tensors, since the "
-                    f"object itself needs more than values: {error}",
-                    stacklevel=5,
+                    f"object itself needs more than values: {error}"
                 )
             except (FormatError, TypeError) as error:
                 raise TypeError(
@@ -395,10 +393,9 @@ def _metadata(work: _Conversion, form: Writing) -> Mapping[str, str] | None:
 
 
 def _warn_metadata(work: _Conversion) -> None:
-    warnings.warn(
+    warn(
         f"{work.reader.source.name}: the metadata {sorted(work.index.metadata)} are left out: the "
-        "format has no place for them",
-        stacklevel=6,
+        "format has no place for them"
     )
 
 

@@ -7,8 +7,10 @@ The system's failures stay ``OSError``, a caller's mistakes stay ``TypeError`` a
 from __future__ import annotations
 
 import pickle
+import sys
+import warnings
 
-__all__ = ["ChecksumError", "FormatError", "UnsafeError"]
+__all__ = ["ChecksumError", "FormatError", "UnsafeError", "warn"]
 
 
 class FormatError(ValueError):
@@ -30,3 +32,15 @@ class UnsafeError(FormatError, pickle.UnpicklingError):
     The message names the global and says what to pass to allow it. It is an ``UnpicklingError``
     too, as ``torch.load`` raises.
     """
+
+
+def warn(text: str) -> None:
+    """Give a UserWarning about a file that points to the line that called holdfast."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UserWarning, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module == __package__ or module.startswith(f"{__package__}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from . import adapters
 from .adapters import Adapter
 from .collect import Collection, collect
-from .errors import FormatError
+from .errors import FormatError, warn
 from .folder import FolderSource
 from .formats import _oneflow_write
 from .formats._oneflow_emit import CONSTANTS, INLINE_CONSTANTS, Emitted, Emitter
@@ -126,12 +125,16 @@ def _is_flat(obj: Any, known: Sequence[Adapter]) -> bool:
     """Whether `obj` is a dict of texts to tensors."""
     if not isinstance(obj, Mapping):
         return False
-    plain = frozenset().union(*(adapter.plain_types for adapter in known))
-    return all(
-        isinstance(key, str)
-        and (type(value) in plain or any(adapter.is_tensor(value) for adapter in known))
-        for key, value in obj.items()
-    )
+    owner: dict[type, Adapter | None] = {}
+    for key, value in obj.items():
+        kind = type(value)
+        if kind not in owner:
+            owner[kind] = next((adapter for adapter in known if adapter.is_tensor(value)), None)
+        if owner[kind] is None or not isinstance(key, str):
+            return False
+    # Beside tensors of others, arrays are no tensors.
+    frameworks = {adapter.name for adapter in owner.values() if adapter is not None}
+    return len(frameworks) < 2 or "numpy" not in frameworks
 
 
 def _snapshot(
@@ -142,10 +145,9 @@ def _snapshot(
     plan = _oneflow_write.plan_snapshot(names, found.batch)
     nested = next((name for name in names if "/" in name), None)
     if nested is not None:
-        warnings.warn(
+        warn(
             f"tensor {nested!r}: its folder lies in another, where OneFlow's own load does not "
-            "look; layout='pickle' holds it for that",
-            stacklevel=4,
+            "look; layout='pickle' holds it for that"
         )
     return PlannedFolder(plan, found.batch)
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +72,16 @@ def test_info_of_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("shards/model-00001-of-00002.safetensors")
     assert lines[1].endswith("shards/model-00002-of-00002.safetensors")
+
+
+def test_warnings_are_told_as_errors_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    holdfast.save({"w": np.ones(2)}, tmp_path / "m", format="oneflow")
+    (tmp_path / "m" / "snapshot_done").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["info", str(tmp_path / "m")]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith("holdfast: ") and "interrupted" in told and ".py" not in told

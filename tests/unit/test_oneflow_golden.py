@@ -106,3 +106,20 @@ def test_what_was_not_loaded_is_not_saved(tmp_path: Path, target: str) -> None:
     with pytest.raises((TypeError, AttributeError), match=r"(?i)inert|cannot|Record"):
         holdfast.save({"module": module}, tmp_path / target, **form)
     assert not (tmp_path / target).exists()
+
+
+def test_arrays_beside_tensors_stay_arrays(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    holdfast.oneflow.save({"w": torch.ones(2), "n": np.ones(3)}, tmp_path / "m")
+    assert (tmp_path / "m" / "pickled_data").exists()
+    found = holdfast.load(tmp_path / "m", framework="torch")
+    assert isinstance(found["w"], torch.Tensor) and isinstance(found["n"], np.ndarray)
+
+
+def test_warnings_point_to_the_caller(tmp_path: Path) -> None:
+    holdfast.oneflow.save({"w": np.ones(2)}, tmp_path / "m")
+    (tmp_path / "m" / "snapshot_done").unlink()
+    for action in (holdfast.load, holdfast.open, holdfast.oneflow.load):
+        with pytest.warns(UserWarning, match="interrupted") as found:
+            action(tmp_path / "m")
+        assert found[0].filename == __file__

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..dtypes import BY_NAME, DTYPES, DType
-from ..errors import FormatError
+from ..errors import FormatError, warn
 from ..layout import ENTRY, FOREIGN, STORAGE, Folder, Index
 from ..views import dense_strides
 from ._oneflow_meta import parse_all, read_all
@@ -125,7 +124,7 @@ def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noq
             text = f"{folder.name}: has no {DONE!r}: the save was interrupted"
             if strict:
                 raise FormatError(text)
-            warnings.warn(text, UserWarning, stacklevel=2)
+            warn(text)
     files = [f"{path}/{DATA}" if path else DATA for path in paths]
     sizes = folder.sizes(files)
     gone = np.flatnonzero(sizes < 0)
@@ -208,11 +207,9 @@ def _said(
     if found:
         row = texts.index(None)
         raise FormatError(f"{where[row]}: has no {META!r}, though others have one")
-    warnings.warn(
+    warn(
         f"{folder.name}: has no {META!r} beside any {DATA!r}: neither types nor shapes of the "
-        f"{len(names)} tensors are known; they are taken for float32 of one dimension",
-        UserWarning,
-        stacklevel=3,
+        f"{len(names)} tensors are known; they are taken for float32 of one dimension"
     )
     return [_guess(name, size) for name, size in zip(names, sizes.tolist(), strict=True)]
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..errors import ChecksumError, FormatError
+from ..errors import ChecksumError, FormatError, warn
 from ..layout import Folder, Index, Part
 from ._header_text import short
 from ._merge import merge, select
@@ -244,10 +243,9 @@ def _check_rest(rest: Sequence[str], listing: _Listing, file: str, name: str) ->
             f"{listing.weight_map[twice[0]]!r}: files of two checkpoints"
         )
     if rest:
-        warnings.warn(
+        warn(
             f"{name}: {len(rest)} tensors, {short(rest[0])} the first, are not in the index and "
-            f"are left out (shard {file!r})",
-            stacklevel=6,
+            f"are left out (shard {file!r})"
         )
 
 
