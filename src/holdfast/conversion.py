@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from .pickling import pickle_around
 from .progress import ProgressArgument
 from .publish import check_target, write_out
 from .safe import SafeResolver
-from .saving import SaveOptions
+from .saving import SaveOptions, written_apart
 from .source import FileLike, is_path
 from .views import TensorBatch
 
@@ -335,8 +336,10 @@ def convert_file(
     check_target(dst)
     path = os.fsdecode(dst) if is_path(dst) else ""  # type: ignore[arg-type]
     stem, extension = os.path.splitext(os.path.basename(path))
-    if format == "oneflow":
-        _to_oneflow(src, dst, SaveOptions(format, durable, threads=threads, progress=progress))
+    apart = written_apart(format)
+    if apart is not None:
+        options = SaveOptions(format, durable, threads=threads, progress=progress)
+        _convert_apart(src, dst, apart, options)
         return
     form = formats.for_saving(format, extension.lower())
     with Reader(open_origin(src)) as reader:
@@ -361,10 +364,8 @@ def convert_file(
         )
 
 
-def _to_oneflow(src: FileLike, dst: FileLike, options: SaveOptions) -> None:
-    """Convert to a checkpoint of OneFlow's, which is no single file as the others are."""
-    from .oneflow_saving import save_oneflow
-
+def _convert_apart(src: FileLike, dst: FileLike, apart: ModuleType, options: SaveOptions) -> None:
+    """Convert to a format whose checkpoints are no single files."""
     with Reader(open_origin(src)) as reader:
         work = _Conversion(reader, options.threads)
         rows = np.arange(len(reader.index), dtype=np.int64)
@@ -374,7 +375,7 @@ def _to_oneflow(src: FileLike, dst: FileLike, options: SaveOptions) -> None:
             _warn_metadata(work)
         obj = work.object()
         known = [*adapters.loaded(), *work.adapters]
-        save_oneflow(obj, dst, options, known=known, release=work.mapped)
+        apart.save_apart(obj, dst, options, known=known, release=work.mapped)
 
 
 def _metadata(work: _Conversion, form: Writing) -> Mapping[str, str] | None:

@@ -38,7 +38,7 @@ __all__ = [
     "PlannedFolder",
     "plan_oneflow",
     "replaceable",
-    "save_oneflow",
+    "save_apart",
 ]
 
 #: What ``layout=`` can be.
@@ -200,7 +200,7 @@ def _emit(
 # -- writing -------------------------------------------------------------------------------------
 
 
-def save_oneflow(
+def save_apart(
     obj: Any,
     f: FileLike,
     options: SaveOptions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,11 @@ from .publish import check_target, write_out
 from .source import FileLike, is_path
 from .views import TensorBatch
 
-__all__ = ["SaveOptions", "save_file"]
+__all__ = ["SaveOptions", "save_file", "written_apart"]
+
+#: Formats that no module of ``formats`` writes by itself, and the module here that does, with
+#: ``save_apart``.
+_APART = {"oneflow": "oneflow_saving"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +75,9 @@ def save_file(obj: Any, f: FileLike, options: SaveOptions) -> None:
     extension = os.path.splitext(path)[1].lower()
     if _program(obj, f, extension, options):
         return
-    if options.format == "oneflow":  # no single file, as the others are
-        from .oneflow_saving import save_oneflow
-
-        save_oneflow(obj, f, options)
+    apart = written_apart(options.format)
+    if apart is not None:
+        apart.save_apart(obj, f, options)
         return
     form = formats.for_saving(options.format, extension)
     take = {"tree": _as_tree, "arrays": _as_arrays, "array": _as_arrays}.get(
@@ -153,6 +157,13 @@ def _as_pickle(
         **options.settings,
     )
     return plan, found.batch
+
+
+def written_apart(format: str | None) -> ModuleType | None:
+    """The module that saves in a format whose checkpoints are no single files, for its name."""
+    if format not in _APART:
+        return None
+    return importlib.import_module(f".{_APART[format]}", __package__)
 
 
 def _program(obj: Any, f: FileLike, extension: str, options: SaveOptions) -> bool:

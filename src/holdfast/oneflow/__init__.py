@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from .. import adapters
 from ..loading import LoadOptions, load_file
-from ..oneflow_saving import LAYOUTS, save_oneflow
+from ..oneflow_saving import LAYOUTS, save_apart
 from ..saving import SaveOptions
 from ..source import is_path, path_text
 from . import _ranks
@@ -93,7 +93,7 @@ def save(
     localize = _ranks.gathering(global_dst_rank)
     target: Any = path_or_buffer if _ranks.writes(global_dst_rank) else io.BytesIO()
     options = SaveOptions(format="oneflow", durable=False)
-    save_oneflow(obj, target, options, layout=layout, localize=localize)
+    save_apart(obj, target, options, layout=layout, localize=localize)
 
 
 def load(
