@@ -300,7 +300,7 @@ int hold_folder_begin(const char *path, bool replace, hold_folder **out);
 /* The descriptor of the new folder; owned by the publication. */
 int hold_folder_fd(const hold_folder *self);
 
-/* All is in it: give it its mode and, where `durable`, bring it to the device. Once, before commit. */
+/* All is in it: give it its mode, and bring it to the device if `durable`. Once, before commit. */
 int hold_folder_complete(hold_folder *self, bool durable);
 
 /*
@@ -317,10 +317,11 @@ int hold_folder_allow(hold_folder *self, bool replace);
 
 /*
  * Give the completed folder its name (unless `replace`, -EEXIST if by now there is a folder with
- * something in it), bring the directory to the device where `durable`, and remove what had the name removed, without following links. A folder takes
- * another's place in one step (RENAME_EXCHANGE); where the file system cannot do that, in two,
- * between which there is none of that name: a process that dies right there leaves the old one
- * under a temporary name, and the next hold_folder_begin gives it its name back.
+ * something in it), bring the directory to the device where `durable`, and remove what had the
+ * name, without following links. A folder takes another's place in one step (RENAME_EXCHANGE);
+ * where the file system cannot do that, in two, between which there is none of that name: a process
+ * that dies right there leaves the old one under a temporary name, and the next hold_folder_begin
+ * gives it its name back.
  * On failure the old folder is what it was and nothing is left behind; what of the old one could
  * not be removed is left to the next begin. Where the directory cannot be brought to the device,
  * nor the old folder get its name back, it stays under a temporary one until then.
