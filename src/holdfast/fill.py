@@ -183,8 +183,9 @@ def _refuse(
         shape = reader.index.shape(match.row)
         if shape != match.view.shape:
             problems.append(
-                f"size mismatch for {match.name}: copying a param with shape {list(shape)} from "
-                f"checkpoint, the shape in current model is {list(match.view.shape)}."
+                f"size mismatch for {match.name}: copying a param with shape "
+                f"{match.adapter.shape_text(shape)} from checkpoint, the shape in current model is "
+                f"{match.adapter.shape_text(match.view.shape)}."
             )
         # Bytes of a dtype that the table lacks mean nothing as another one.
         kinds = (reader.kinds.get(match.row), match.kind)

@@ -226,3 +226,15 @@ def test_renaming_that_cannot_be(tmp_path: Path) -> None:
         with pytest.raises(error, match=text):
             holdfast.load_into(target, tmp_path / "x", rename=rename)  # type: ignore[arg-type]
     assert not target["w"].any()
+
+
+def test_sizes_that_differ_are_told_as_torch_tells_them(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Linear(3, 2)
+    saved = {"weight": torch.zeros(4, 3), "bias": torch.zeros(2)}
+    with pytest.raises(RuntimeError) as theirs:
+        module.load_state_dict(saved)
+    holdfast.save(saved, tmp_path / "x")
+    with pytest.raises(RuntimeError) as ours:
+        holdfast.load_into(module, tmp_path / "x")
+    assert str(ours.value) == f"{tmp_path / 'x'}: {theirs.value}"

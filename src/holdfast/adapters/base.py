@@ -251,6 +251,10 @@ class Adapter(Protocol):
         """Whether the memory of `tensor` may be written to."""
         ...
 
+    def shape_text(self, shape: tuple[int, ...]) -> str:
+        """What messages of the framework have for a shape."""
+        ...
+
     def fill(self, tensor: Any, source: Any) -> None:
         """Copy `source` into `tensor`, of the same shape, with its dtype converted."""
         ...

@@ -333,6 +333,10 @@ class NumpyAdapter:
         """Whether the array allows it."""
         return bool(tensor.flags.writeable)
 
+    def shape_text(self, shape: tuple[int, ...]) -> str:
+        """A shape as NumPy prints it."""
+        return str(shape)
+
     def fill(self, tensor: Any, source: Any) -> None:
         """Copy with the dtype converted as ``astype`` does."""
         np.copyto(tensor, source, casting="unsafe")

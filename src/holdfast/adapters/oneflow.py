@@ -234,6 +234,10 @@ class OneFlowAdapter:
         """True: OneFlow has no read-only tensors."""
         return True
 
+    def shape_text(self, shape: tuple[int, ...]) -> str:
+        """A shape as OneFlow prints it."""
+        return f"oneflow.Size({list(shape)})"
+
     def fill(self, tensor: Any, source: Any) -> None:
         """Copy with the dtype converted, unseen by autograd."""
         with oneflow.no_grad():

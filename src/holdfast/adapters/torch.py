@@ -191,6 +191,10 @@ class TorchAdapter:
         """True: PyTorch has no read-only tensors."""
         return True
 
+    def shape_text(self, shape: tuple[int, ...]) -> str:
+        """A shape as PyTorch prints it."""
+        return f"torch.Size({list(shape)})"
+
     def fill(self, tensor: Any, source: Any) -> None:
         """Copy with the dtype converted, unseen by autograd."""
         with torch.no_grad():
