@@ -318,7 +318,7 @@ def generation_of(target: Path) -> int:
 def test_killed_at_any_moment(tmp_path: Path, ban: str) -> None:
     chance = random.Random(2024)
     target = tmp_path / "target"
-    last, moved, left = 0, 0, 0
+    last, moved, left, longest = 0, 0, 0, 0.03
     save(target, {f"t{i}/{name}": bytes(8) for i in range(FILES // 2) for name in ("meta", "out")})
 
     for kill in range(KILLS):
@@ -328,7 +328,7 @@ def test_killed_at_any_moment(tmp_path: Path, ban: str) -> None:
         ) as saver:
             assert saver.stdout is not None
             assert saver.stdout.readline() == "ready\n"
-            time.sleep(chance.uniform(0.001, 0.03))
+            time.sleep(chance.uniform(0.001, longest))
             saver.kill()
 
         left += len(os.listdir(tmp_path)) > 1
@@ -338,6 +338,8 @@ def test_killed_at_any_moment(tmp_path: Path, ban: str) -> None:
         generation = generation_of(target)
         assert generation >= last
         moved += generation > last
+        if generation == last:  # a machine that others use is slower: give the next one longer
+            longest = min(1.2 * longest, 2.0)
         last = generation
         with _engine.FolderPublication(target):
             pass

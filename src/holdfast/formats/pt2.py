@@ -298,7 +298,7 @@ class _Config:
             flags = CHECKED if int(at["crc"]) else 0
             if self.foreign and dtype.unit > 1:
                 flags |= FOREIGN
-            storages[row] = (at["offset"], at["size"], packed, at["crc"], dtype.code, 0, flags, 0)
+            storages[row] = (at["offset"], at["size"], packed, at["crc"], dtype.code, flags, 0, 0)
         return Index(
             names=NameList(self.names),
             entries=np.array(self.rows, ENTRY),
