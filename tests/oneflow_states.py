@@ -23,6 +23,12 @@ PROTO = b"\x80\x04"
 # -- folders -------------------------------------------------------------------------------------
 
 
+def assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
+    """Equal in type, shape and elements; old releases of NumPy have no ``strict=`` for it."""
+    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+    np.testing.assert_array_equal(found, wanted)
+
+
 def meta(shape: Sequence[int], dtype: str) -> bytes:
     """The text that OneFlow writes."""
     return meta_text(shape, BY_NAME[dtype].code)

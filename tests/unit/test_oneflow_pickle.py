@@ -127,7 +127,7 @@ def test_elements_in_the_pickle(module: str, fortran: bool) -> None:
     data = files.saved(
         pairs({"a": files.inside(files.of(FLOATS, module=module, fortran=fortran), 2)})
     )
-    np.testing.assert_array_equal(values(data)["a"], FLOATS, strict=True)
+    files.assert_same(values(data)["a"], FLOATS)
     found = files.index_file(data)
     assert (found.strides is not None) is fortran
     assert data[int(found.entries["offset"][0]) :].startswith(FLOATS.tobytes("FC"[not fortran]))
@@ -141,7 +141,7 @@ def test_elements_of_protocol_5(module: str, order: str, opcode: bytes) -> None:
     parts = elements, files.numpy_dtype("<f4"), items(number(2), number(3)), text(order)
     data = files.saved(files.inside(call(module, "_frombuffer", *parts), 2))
     data = b"\x80\x05" + data[2:]
-    np.testing.assert_array_equal(values(data)["tensor"], FLOATS, strict=True)
+    files.assert_same(values(data)["tensor"], FLOATS)
 
 
 def test_elements_of_the_other_byte_order() -> None:
@@ -212,7 +212,7 @@ def test_arrays_and_bytes_that_are_no_tensors() -> None:
            "y": b"\x96" + (3).to_bytes(8, "little") + b"abc"}  # fmt: skip
     data = files.saved(pairs(obj))
     made = whole(files.index_file(data), values(data))
-    np.testing.assert_array_equal(made["a"], FLOATS, strict=True)
+    files.assert_same(made["a"], FLOATS)
     assert (made["b"], made["d"], made["y"]) == (raw, b"", bytearray(b"abc"))
     assert made["c"] is made["b"]
     assert (made["s"], type(made["s"])) == (1.0, np.float32)

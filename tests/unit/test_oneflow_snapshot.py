@@ -18,7 +18,7 @@ from holdfast.formats import oneflow_pickle, oneflow_snapshot
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from oneflow_states import folder_values, index_folder, meta, snapshot, variable
+from oneflow_states import assert_same, folder_values, index_folder, meta, snapshot, variable
 
 WEIGHT = np.arange(6, dtype="<f4").reshape(2, 3)
 ARRAYS = {"l1.weight": WEIGHT, "l1.bias": np.arange(3, dtype="<i8"), "mask": np.array([True])}
@@ -35,7 +35,7 @@ def check(folder: Path, expected: dict[str, np.ndarray], *, strict: bool = True)
     assert list(got) == sorted(expected)
     for name, value in expected.items():
         assert got[name].dtype == value.dtype
-        np.testing.assert_array_equal(got[name], value, strict=True)
+        assert_same(got[name], value)
 
 
 # -- what there is -------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_the_oldest_snapshots(tmp_path: Path) -> None:
     assert len(warned) == 1
     assert str(folder) in str(warned[0].message)
     got = folder_values(folder, found)
-    np.testing.assert_array_equal(got["conv1-weight"], WEIGHT.reshape(-1), strict=True)
+    assert_same(got["conv1-weight"], WEIGHT.reshape(-1))
     assert (got["linear.bias"].dtype, got["linear.bias"].tolist()) == ("<f4", [0, 0])
     assert (got["odd"].dtype, got["odd"].tobytes()) == ("u1", b"abc")
     assert (got["no"].dtype, got["no"].shape) == ("<f4", (0,))
