@@ -52,12 +52,15 @@ class FolderSource:
         For messages.
     start : str
         Name of the file in it that was asked for, where it was one; else empty.
-    fd : int, optional
-        A descriptor of the folder, which is then not looked for by its name.
     links : bool
         Whether symbolic links are followed: by formats whose writers make some.
     files : sequence of str
         The files that the index of the checkpoint counts, once there is one.
+
+    Parameters
+    ----------
+    fd : int, optional
+        A descriptor of the folder, which is then not looked for by its name.
     """
 
     __slots__ = ("_fd", "_lock", "_parts", "_top", "files", "links", "name", "start")

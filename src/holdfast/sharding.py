@@ -31,8 +31,7 @@ from .views import TensorBatch
 
 __all__ = ["save_shards", "size_of"]
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+_INDEX, _SINGLE = shards.INDEX, shards.SINGLE
 #: What shards are called that were written here, or by Hugging Face's tools.
 _OURS = re.compile(r"model(\.next\d*)?(-\d{5}-of-\d{5})?\.safetensors")
 #: Which shards a save is about to write, for the one after it if it is killed.
@@ -102,7 +101,7 @@ def _replace(
     with contextlib.closing(FolderSource(folder)) as source:
         source.links = True
         old, others = _used(source)
-    _clear(folder, old | others)
+        _clear(source, folder, old | others)
     if len(groups) == 1:
         names = [_SINGLE]
         _write(folder, _SINGLE, found, groups[0], tree, options, None)
@@ -161,14 +160,12 @@ def _used(source: FolderSource) -> tuple[set[str], set[str]]:
     return old, set().union(*files.values())
 
 
-def _clear(folder: str, used: set[str]) -> None:
+def _clear(source: FolderSource, folder: str, used: set[str]) -> None:
     """Remove what a save left that was killed: it had said which files it would write."""
-    journal = os.path.join(folder, _JOURNAL)
-    try:
-        with open(journal, "rb") as file:
-            names = set(file.read(shards.MOST).decode("utf-8", "replace").split("\n"))
-    except (FileNotFoundError, IsADirectoryError):
+    said = source.read([_JOURNAL], most=shards.MOST)[0]
+    if said is None:
         return
+    names = set(said.decode("utf-8", "replace").split("\n"))
     _remove(folder, sorted(name for name in names - used if _OURS.fullmatch(name)))
     _remove(folder, [_JOURNAL])
 

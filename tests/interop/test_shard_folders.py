@@ -253,8 +253,9 @@ def test_what_a_killed_save_left_is_removed_by_the_next(saved: Path) -> None:
     assert left == {*shards("model", 2), INDEX, "train.py", stray[2]}
 
 
-def test_a_pipe_for_an_index_does_not_hang_a_save(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / INDEX)
+@pytest.mark.parametrize("name", [INDEX, ".holdfast-shards"])
+def test_a_pipe_in_the_folder_does_not_hang_a_save(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
     with pytest.raises(FormatError, match="neither a file"):
         holdfast.save(tensors(), tmp_path, max_shard_size=8000)
 

@@ -18,8 +18,10 @@ from ._header_text import short
 from ._merge import merge, select
 
 __all__ = [
+    "INDEX",
     "LINKS",
     "MOST",
+    "SINGLE",
     "index_folder",
     "index_text",
     "shard_names",
@@ -35,12 +37,13 @@ LINKS = True
 #: An index beyond this is none: a hundred bytes each for ten million tensors.
 MOST = 1 << 28
 #: What the index is called, and single files that need none, in the order in which they are taken.
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _INDEXES = (
-    "model.safetensors.index.json",
+    INDEX,
     "pytorch_model.bin.index.json",
     "diffusion_pytorch_model.safetensors.index.json",
 )
-_SINGLES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+_SINGLES = (SINGLE, "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 _SUFFIX = ".index.json"
 
 _KEY = "holdfast"
@@ -70,7 +73,7 @@ def sniff_folder(folder: Folder) -> bool:
 def _index_of(folder: Folder) -> str:
     """Name of the index in a folder, or nothing where a single file comes before it."""
     found = [name for name, kind in folder.entries().items() if kind in ("file", "link")]
-    if _INDEXES[0] not in found and _SINGLES[0] in found:
+    if INDEX not in found and SINGLE in found:
         return ""
     known = next((name for name in _INDEXES if name in found), "")
     others = [name for name in found if name.endswith(_SUFFIX)]
