@@ -15,7 +15,7 @@ from .errors import ChecksumError
 from .folder import Origin
 from .layout import CHECKED, SEGMENT, Index
 from .maps import Maps
-from .views import DENSE, VIEW, TensorBatch
+from .views import DENSE, VIEW, TensorBatch, pick_layouts
 
 __all__ = [
     "blank_tensors",
@@ -232,9 +232,7 @@ def move(
     order = _order(segments)
     work = segments if order is None else np.ascontiguousarray(segments[order])
     if order is not None and layouts:
-        position = np.empty(len(order), np.int64)
-        position[order] = np.arange(len(order))
-        layouts = [(int(position[layout[0]]), *layout[1:]) for layout in layouts]
+        layouts = pick_layouts(layouts, order)
     source.move(work, layouts=layouts, checksum=verify, threads=threads, progress=progress)
     if order is not None:
         segments["crc"][order] = work["crc"]

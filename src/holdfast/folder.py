@@ -18,6 +18,7 @@ from .errors import FormatError
 from .layout import Index
 from .maps import Maps
 from .source import FileLike, Source, is_local, is_path, open_source
+from .views import pick_layouts
 
 __all__ = ["FolderSource", "Origin", "beside", "open_origin"]
 
@@ -244,7 +245,7 @@ class FolderSource:
                 _engine.read(
                     [source.fd for source in sources],
                     part,
-                    layouts=_chosen(layouts, chosen),
+                    layouts=pick_layouts(layouts, chosen),
                     threads=threads,
                     checksum=checksum,
                     progress=_behind(progress, done),
@@ -393,16 +394,6 @@ def beside(source: Source) -> FolderSource:
     folder, name = os.path.split(source.path)
     source.close()
     return FolderSource(folder or ".", name)
-
-
-def _chosen(
-    layouts: Sequence[_engine.Layout] | None, chosen: np.ndarray
-) -> list[_engine.Layout] | None:
-    """The layouts of some segments, counted among those."""
-    if not layouts:
-        return None
-    place = dict(zip(chosen.tolist(), range(len(chosen)), strict=True))
-    return [(place[layout[0]], *layout[1:]) for layout in layouts if layout[0] in place]
 
 
 def _behind(progress: Callable[[int], object] | None, done: int) -> Callable[[int], object] | None:

@@ -15,7 +15,7 @@ from . import _engine, _engine_py
 from .layout import SEGMENT, Pieces, Plan
 from .progress import ProgressArgument, reporting
 from .source import FileLike, is_path, path_text
-from .views import DENSE, SWAPPED, TensorBatch
+from .views import DENSE, SWAPPED, TensorBatch, pick_layouts
 
 __all__ = ["check_target", "segments_of", "write_out"]
 
@@ -62,7 +62,9 @@ class _Work:
             return
         picked = np.flatnonzero(chosen[self.rows])
         part = self.segments[picked]
-        _engine.checksum(part, layouts=_moved(self.layouts, picked), threads=threads, filename=name)
+        _engine.checksum(
+            part, layouts=pick_layouts(self.layouts, picked), threads=threads, filename=name
+        )
         self.segments["crc"][picked] = part["crc"]
 
     def among(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray, list[_engine.Layout]]:
@@ -77,19 +79,6 @@ class _Work:
         whole = both.view(_ROW)
         whole[is_tensor], whole[~is_tensor] = self.segments.view(_ROW), own.view(_ROW)
         return both, is_tensor, [(int(place[layout[0]]), *layout[1:]) for layout in self.layouts]
-
-
-def _moved(layouts: list[_engine.Layout], picked: np.ndarray) -> list[_engine.Layout]:
-    """`layouts`, of which the segments have been reordered."""
-    if not layouts:
-        return []
-    place = dict(zip(picked.tolist(), range(len(picked)), strict=True))
-    moved = [
-        (place[at], shape, strides, itemsize, swap)
-        for at, shape, strides, itemsize, swap in layouts
-        if at in place
-    ]
-    return sorted(moved)
 
 
 def segments_of(pieces: Pieces) -> np.ndarray:
@@ -301,7 +290,7 @@ def _write_stream(
     _engine_py.write_stream(
         stream,
         both[order],
-        layouts=_moved(work.layouts, order),
+        layouts=pick_layouts(work.layouts, order),
         checksum=False,
         progress=report,
     )

@@ -21,10 +21,12 @@ __all__ = [
     "NEGATIVE",
     "SWAPPED",
     "VIEW",
+    "Layout",
     "Storages",
     "TensorBatch",
     "TensorView",
     "dense_strides",
+    "pick_layouts",
 ]
 
 #: One tensor in memory. ``dims`` is the index of its first extent in ``TensorBatch.dims``
@@ -40,6 +42,9 @@ VIEW = np.dtype(
     ],
     align=True,
 )
+
+#: Position of a segment whose memory is not simply dense, and what ``TensorView.layout`` returns.
+Layout = tuple[int, tuple[int, ...], tuple[int, ...], int, int]
 
 #: Flag of :data:`VIEW`: the elements lie in C order without gaps, so strides say nothing more.
 DENSE = 1
@@ -203,6 +208,22 @@ class TensorBatch:
             strides=np.array(strides, np.int64),
             owner=np.arange(len(views), dtype=np.int64),
         )
+
+
+def pick_layouts(layouts: Sequence[Layout] | None, chosen: np.ndarray) -> list[Layout]:
+    """The layouts of some segments, counted among those.
+
+    Parameters
+    ----------
+    layouts : sequence of tuple or None
+        Each the position of a segment, and what ``TensorView.layout`` says of its memory.
+    chosen : ndarray of int64
+        Positions of the segments, in their new order.
+    """
+    if not layouts:
+        return []
+    place = dict(zip(chosen.tolist(), range(len(chosen)), strict=True))
+    return sorted((place[layout[0]], *layout[1:]) for layout in layouts if layout[0] in place)
 
 
 def dense_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
