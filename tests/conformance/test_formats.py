@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 import zlib
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,9 +16,6 @@ from holdfast.formats import archive, safetensors, torch_legacy, torch_zip
 from holdfast.layout import CHECKED, Index, Plan
 from holdfast.pickling import pickle_around
 from holdfast.views import TensorBatch, TensorView
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from torch_files import put
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from holdfast.dequantize import dequantize
 from holdfast.formats import gguf
 from holdfast.formats._gguf_types import DEQUANTIZED, TYPES
 from holdfast.source import open_source
-
-sys.path.append(str(Path(__file__).parents[1]))
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gguf"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())

@@ -19,9 +19,6 @@ torch = pytest.importorskip("torch")
 import holdfast  # noqa: E402
 import holdfast.torch.export  # noqa: E402
 import holdfast.torch.jit  # noqa: E402
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 import program_files as files  # noqa: E402
 
 EXPECTED = files.expected()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,6 @@ import pytest
 
 import holdfast
 from holdfast import FormatError, _engine
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from shard_files import INDEX, index_of, listing, rewrite, same, shards, tensors
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,6 @@ import pytest
 import holdfast
 from holdfast import ChecksumError, _engine
 from holdfast.sharding import size_of
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from shard_files import INDEX, index_of, listing, same, shards, tensors
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import collections
 import io
-import sys
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,6 @@ import pytest
 
 from holdfast.errors import FormatError, UnsafeError
 from holdfast.safe import SafeResolver
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from slow_machine import _Machine
 
 torch = pytest.importorskip("torch")

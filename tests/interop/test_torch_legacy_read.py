@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import legacy_files as files
 from holdfast.errors import FormatError
 from holdfast.formats import torch_legacy, torch_tar
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import legacy_files as files
 
 torch = pytest.importorskip("torch")
 

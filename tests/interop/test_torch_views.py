@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -250,9 +249,6 @@ def big_endian(data: bytes, obj: dict[str, Any]) -> bytes:
                 content = np.frombuffer(content, f"u{unit}").byteswap().tobytes()
             records.append(Record(name, content))
     return build(records)
-
-
-sys.path.append(str(Path(__file__).parents[1]))
 
 
 def test_the_other_byte_order() -> None:

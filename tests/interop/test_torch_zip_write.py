@@ -7,7 +7,6 @@ import pickle
 import pickletools
 import shutil
 import subprocess
-import sys
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -20,9 +19,6 @@ import pytest
 from holdfast.formats import _torch_legacy_write, torch_zip
 from holdfast.pickling import pickle_object
 from holdfast.views import TensorBatch
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from torch_files import assemble
 
 torch = pytest.importorskip("torch")

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import io
 import struct
-import sys
-import time
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import gguf_files as files
 import holdfast
+from gguf_files import Tensor, array, build, pair
 from holdfast.errors import FormatError
 from holdfast.formats import gguf
 from holdfast.formats._gguf_types import TYPES
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import gguf_files as files
-from gguf_files import Tensor, array, build, pair
+from patience import within
 
 common = settings(
     max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -78,13 +73,12 @@ def mutated(draw: st.DrawFn, data: bytes) -> bytes:
 
 def check(data: bytes, size: int) -> bool:
     """Index `data` and load it: whether it was read. Nothing but FormatError."""
-    began = time.perf_counter()
     found, text = None, ""
-    try:
-        found = gguf.index(files.reader(data), size, "x", verify=True)
-    except FormatError as error:
-        text = str(error)
-    assert time.perf_counter() - began < 2
+    with within(2):
+        try:
+            found = gguf.index(files.reader(data), size, "x", verify=True)
+        except FormatError as error:
+            text = str(error)
     if found is None:
         assert text.startswith("x: ")
         return False

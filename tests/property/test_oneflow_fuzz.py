@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import oneflow_states as files
 from holdfast.errors import FormatError
 from holdfast.formats._inert import Record
 from holdfast.formats._oneflow_meta import NUMBERS, meta_text, parse
 from holdfast.formats._oneflow_pickle_scan import Scanner
 from holdfast.layout import Index
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import oneflow_states as files
 from pickle_files import items, number, pairs, text
 
 ERAS = Path(__file__).parents[1] / "golden" / "oneflow" / "eras"

@@ -6,10 +6,8 @@ import contextlib
 import io
 import random
 import struct
-import sys
 import zipfile
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +15,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import zip_files as files
 from holdfast.errors import ChecksumError, FormatError
 from holdfast.formats import _zip
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import zip_files as files
 from zip_files import Record, build, described
 
 common = settings(

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import pickle
-import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -16,18 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gguf_files as files
 import holdfast
+from gguf_files import Tensor, array, build, head, info, padded, pair
 from holdfast.annotated import StateDict, annotate, as_texts
 from holdfast.errors import FormatError
 from holdfast.formats import _gguf, gguf
 from holdfast.formats._gguf_metadata import Metadata
 from holdfast.formats._gguf_types import REMOVED, TABLE, TYPES
 from holdfast.layout import Index
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import gguf_files as files
-from gguf_files import Tensor, array, build, head, info, padded, pair
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gguf"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -226,13 +222,13 @@ def test_a_large_vocabulary_costs_nothing_before_it_is_asked_for() -> None:
 
     tracemalloc.start()
     try:
-        began = time.perf_counter()
+        began = time.process_time()
         found = gguf.index(read, len(data), "x").metadata
-        opened = time.perf_counter() - began
+        opened = time.process_time() - began
         assert tracemalloc.get_traced_memory()[1] < 4 * len(data)  # no str has been made
-        began = time.perf_counter()
+        began = time.process_time()
         assert found["tokens"][99_999] == "token99999" and found["merges"][1] == "to ken1"
-        assert opened < (time.perf_counter() - began) / 2
+        assert opened < (time.process_time() - began) / 2
     finally:
         tracemalloc.stop()
     assert found["scores"] == [0.5] * n

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gguf_files import Tensor, build
 from holdfast import fetch
 from holdfast.adapters import by_name
 from holdfast.dequantize import dequantize, dequantized
@@ -17,10 +18,6 @@ from holdfast.formats import _gguf, gguf
 from holdfast.formats._gguf_types import BY_TYPE_NAME, DEQUANTIZED
 from holdfast.source import open_source
 from holdfast.views import TensorBatch
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-from gguf_files import Tensor, build
 
 NAMES = sorted(DEQUANTIZED)
 CHUNK = 16384  # blocks that a worker takes at once

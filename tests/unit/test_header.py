@@ -17,6 +17,7 @@ from holdfast.dtypes import BY_NAME, BY_SAFETENSORS, DTYPES
 from holdfast.formats import _header
 from holdfast.formats._header import Fault
 from holdfast.views import TensorBatch, TensorView
+from patience import within
 
 
 def head(text: str | bytes) -> bytes:
@@ -423,9 +424,9 @@ def many(n: int) -> bytes:
 
 def test_the_time_is_linear() -> None:
     def seconds(data: bytes) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         assert len(_header.scan(data).names) > 1
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     small, large = many(4000), many(80000)
     best = min(seconds(small) for _ in range(9))
@@ -452,9 +453,8 @@ def test_hostile_headers_cost_what_their_bytes_cost(kind: str) -> None:
     text = HOSTILE[kind]
     if kind == "same":
         text = b"{" + text[:-1] + b"}"
-    start = time.perf_counter()
-    fault(text)
-    assert time.perf_counter() - start < 2
+    with within(2):
+        fault(text)
 
 
 def test_hostile_headers_take_memory_in_proportion() -> None:

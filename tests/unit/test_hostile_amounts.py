@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import zipfile
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 import holdfast
 from holdfast.errors import FormatError
+from patience import within
 
 pytest.importorskip("numpy")
 
@@ -99,9 +99,8 @@ class TestCode:
         ],
     )
     def test_it_takes_no_more_than_its_length(self, tmp_path: Path, text: bytes) -> None:
-        began = time.perf_counter()
-        assert holdfast.load(self.program(tmp_path / "m.pt", text)) == {}
-        assert time.perf_counter() - began < PATIENCE
+        with within(PATIENCE):
+            assert holdfast.load(self.program(tmp_path / "m.pt", text)) == {}
 
     def test_more_classes_than_any_program_has(self, tmp_path: Path) -> None:
         path = self.program(tmp_path / "m.pt", b"class a\n" * 1_000_000)
@@ -146,10 +145,9 @@ class TestRecords:
     @pytest.mark.parametrize("use", [b".", b"}h\x0fNs.", b"h\x0f\x86."])
     def test_shared_parts_are_counted(self, tmp_path: Path, use: bytes) -> None:
         pickle = b"\x80\x02" + self.nested(14, 6) + (b"0" + use if use[:1] == b"}" else use)
-        began = time.perf_counter()
-        with pytest.raises(FormatError, match="records nest deeper than 16, or have over"):
+        refused = pytest.raises(FormatError, match="records nest deeper than 16, or have over")
+        with within(PATIENCE), refused:
             holdfast.load(pickled(tmp_path / "m.pt", pickle), framework="numpy")
-        assert time.perf_counter() - began < PATIENCE
 
     def test_records_in_records_load(self, tmp_path: Path) -> None:
         pickle = b"\x80\x02" + self.nested(8, 2) + b"."

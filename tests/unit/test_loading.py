@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,6 @@ from holdfast import storages
 from holdfast.dtypes import BY_NAME
 from holdfast.layout import ENTRY, STORAGE, Index
 from holdfast.loading import LoadOptions, load_file
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from torch_archives import archive
 
 OBJ = {"a": np.arange(500, 510, dtype="i4"), "b": np.ones((2, 3)), "n": [1, "x"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,10 @@ import numpy as np
 import pytest
 
 import holdfast
+import numpy_files as files
 from holdfast.errors import FormatError
 from holdfast.formats import _npy_header, npy
 from holdfast.formats._npy_literal import read_literal
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import numpy_files as files
 from numpy_files import literal
 
 

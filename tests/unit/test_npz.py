@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -15,13 +14,10 @@ import numpy as np
 import pytest
 
 import holdfast
-from holdfast.errors import FormatError
-from holdfast.formats import _npz_emit, _zip, npz
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 import numpy_files as files
 import zip_files
+from holdfast.errors import FormatError
+from holdfast.formats import _npz_emit, _zip, npz
 from zip_files import Record, build
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,6 @@ import pytest
 
 import holdfast
 import holdfast.oneflow
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from oneflow_files import samples
 
 WRITTEN = Path(__file__).parents[1] / "golden" / "oneflow" / "written"

@@ -6,7 +6,6 @@ import hashlib
 import json
 import pickle
 import re
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import oneflow_states as files
 from holdfast.errors import FormatError, UnsafeError
 from holdfast.formats import oneflow_file
 from holdfast.formats._inert import Global, Record
 from holdfast.layout import Index
 from holdfast.lenient import LenientResolver
 from holdfast.safe import SafeResolver
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import oneflow_states as files
 from pickle_files import ORDERED, call, items, name, number, pairs, text
 
 ERAS = Path(__file__).parents[1] / "golden" / "oneflow" / "eras"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +14,6 @@ import pytest
 from holdfast.errors import FormatError
 from holdfast.folder import FolderSource
 from holdfast.formats import oneflow_pickle, oneflow_snapshot
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from oneflow_states import assert_same, folder_values, index_folder, meta, snapshot, variable
 
 WEIGHT = np.arange(6, dtype="<f4").reshape(2, 3)

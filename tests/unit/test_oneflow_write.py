@@ -22,9 +22,6 @@ from holdfast.formats._oneflow_emit import CONSTANTS, Emitter
 from holdfast.formats._oneflow_write import check_elements, check_names, plan_snapshot
 from holdfast.oneflow_saving import PlannedFile, plan_oneflow, replaceable
 from holdfast.views import TensorBatch, TensorView
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from oneflow_files import save, single
 
 

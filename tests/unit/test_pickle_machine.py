@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import pickle
 import struct
-import sys
-import time
 import tracemalloc
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pickle_files as files
 from holdfast.errors import FormatError
 from holdfast.formats._inert import Global, Record, brief, shorten
 from holdfast.formats._pickle import Truncated, read_plain
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import pickle_files as files
+from patience import within
 
 
 def read(data: bytes) -> Any:
@@ -207,10 +202,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("make", BOMBS.values(), ids=BOMBS)
 def test_keys_that_would_hang_or_crash(make: Callable[[], bytes]) -> None:
     data = make()
-    start = time.process_time()
-    with pytest.raises(FormatError, match=r"key of too many|keys have one hash"):
+    with within(5), pytest.raises(FormatError, match=r"key of too many|keys have one hash"):
         read(data)
-    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,6 @@ import pytest
 import holdfast.safe
 from holdfast.errors import FormatError, UnsafeError
 from holdfast.safe import SafeResolver
-
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
 from slow_machine import replay
 
 UTC = datetime.timezone.utc

@@ -6,18 +6,13 @@ import datetime
 import enum
 import os
 import pickle
-import sys
 import zoneinfo
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from holdfast.errors import FormatError, UnsafeError
 from holdfast.safe import SafeResolver
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from slow_machine import replay
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 
+import legacy_files as files
 from holdfast.errors import FormatError
 from holdfast.formats import _tar, _window
 from holdfast.formats._pickle import Truncated
 from holdfast.formats._window import FIRST, Window
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import legacy_files as files
 
 DATA = {"storages": b"s" * 700, "tensors": b"", "pickle": b"p" * 512}
 

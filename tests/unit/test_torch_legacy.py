@@ -5,20 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import legacy_files as files
 from holdfast.errors import FormatError
 from holdfast.formats import torch_legacy as form
 from holdfast.layout import Index
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import legacy_files as files
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "torch"
 SAMPLES = [

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import io
 import pickle
-import sys
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import legacy_files as files
 from holdfast.errors import FormatError
 from holdfast.formats import torch_legacy as form
 from holdfast.layout import Index
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import legacy_files as files
 
 
 def index(data: bytes) -> Index:

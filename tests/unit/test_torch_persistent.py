@@ -13,17 +13,14 @@ import numpy as np
 import pytest
 
 import holdfast
+import legacy_files
+import pickle_files as files
 from holdfast.dtypes import BY_NAME
 from holdfast.errors import FormatError, UnsafeError
 from holdfast.formats._inert import Storage
 from holdfast.formats._torch_pickle import read_object
 from holdfast.layout import Persistent
 from holdfast.pickled import Trust
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import legacy_files
-import pickle_files as files
 from pickle_files import (
     FALSE,
     NONE,

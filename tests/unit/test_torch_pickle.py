@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 
+import pickle_files as files
 from holdfast.dtypes import BY_NAME
 from holdfast.errors import FormatError, UnsafeError
 from holdfast.formats._inert import Record, Storage, Tensor
 from holdfast.formats._torch_pickle import build_index
 from holdfast.layout import CONJUGATE, NEGATIVE, QUANTIZED
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import pickle_files as files
 from pickle_files import (
     FALSE,
     NONE,

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import pickle_files as files
 from holdfast.dtypes import BY_NAME
 from holdfast.errors import FormatError
 from holdfast.formats._torch_pickle import Pickled, read_object
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import pickle_files as files
 from pickle_files import (
     FALSE,
     NONE,

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1]))
 
 import holdfast
 from holdfast import _engine

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import struct
-import sys
 import tarfile
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import legacy_files as files
 from holdfast.errors import FormatError
 from holdfast.formats import torch_tar as form
 from holdfast.layout import Index
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import legacy_files as files
 
 FLOATS = np.arange(6, dtype="<f4") + 0.5
 LONGS = np.arange(4, dtype="<i8") * 1000

@@ -8,7 +8,6 @@ import pickle
 import pickletools
 import re
 import struct
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,10 @@ import numpy as np
 import pytest
 
 import holdfast
+import program_files as files
 from holdfast.formats import _zip, pt2, torchscript
 from holdfast.formats._records import NameList, Records
 from holdfast.formats._script_pickle import rename_storages
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import program_files as files
 
 EXPECTED = files.expected()
 _STORAGE = b"X\x07\x00\x00\x00storage"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 import tracemalloc
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from holdfast.errors import FormatError
 from holdfast.tree import Codec, decode_tree, leaf_paths, loads, walk
+from patience import within
 
 NAMES = ["m.a", "m.b", "x"]
 
@@ -157,11 +157,10 @@ def test_runs_cannot_multiply_the_tensors() -> None:
 def test_hashes_made_to_collide_are_refused() -> None:
     keys = [["int", hex(i * (2**61 - 1))] for i in range(2, 20_002)]
     pairs = [part for key in keys for part in (key, None)]
-    start = time.perf_counter()
     for tree in (["dict", *pairs], ["set", *keys], ["dict", ["frozenset", *keys], 1]):
-        with pytest.raises(FormatError, match="20000 keys with the same hash 0"):
+        refused = pytest.raises(FormatError, match="20000 keys with the same hash 0")
+        with within(2), refused:  # inserting them takes minutes
             decode(tree)
-    assert time.perf_counter() - start < 5  # inserting them takes minutes
     assert len(decode(["set", *range(100_000)])) == 100_000
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -13,11 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from holdfast.formats import _zip
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 import zip_files as files
+from holdfast.formats import _zip
 from zip_files import Record, build
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -5,20 +5,15 @@ from __future__ import annotations
 import io
 import re
 import struct
-import sys
 import zipfile
 import zlib
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+import zip_files as files
 from holdfast.errors import FormatError
 from holdfast.formats import _zip
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import zip_files as files
 from zip_files import Record, build, described
 
 A, B = Record("r/a", b"first"), Record("r/b", b"second")

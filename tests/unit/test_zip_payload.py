@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import tracemalloc
-from pathlib import Path
 
 import pytest
 
+import zip_files as files
 from holdfast.errors import ChecksumError, FormatError
 from holdfast.formats import _zip
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-import zip_files as files
 from zip_files import Record, build
 
 A = Record("r/a", b"first")
