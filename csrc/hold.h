@@ -42,6 +42,7 @@ struct hold_buffer {
     void *base;  /* what is given back: the mapping's start ... */
     size_t span; /* ... and length */
     void (*dispose)(hold_buffer *self);
+    void (*let_go)(void *owner); /* of lent memory: gives `base`, its owner, back */
 };
 
 static inline void hold_buffer_retain(hold_buffer *self)
@@ -68,6 +69,13 @@ int hold_buffer_alloc(size_t nbytes, hold_buffer **out);
  * may be closed afterwards. nbytes may be 0. Returns 0 or -errno.
  */
 int hold_buffer_map(int fd, uint64_t offset, size_t nbytes, bool shared, hold_buffer **out);
+
+/*
+ * Memory that `owner` keeps alive, on whatever device: it is never touched here. The last owner of
+ * the buffer calls let_go(owner), from any thread, without the GIL. Returns 0 or -ENOMEM.
+ */
+int hold_buffer_lend(void *data, size_t nbytes, void *owner, void (*let_go)(void *owner),
+                     hold_buffer **out);
 
 /* How many buffers are alive in this process. */
 size_t hold_buffer_count(void);

@@ -44,6 +44,27 @@ static hold_buffer *make(size_t nbytes)
     return self;
 }
 
+static void dispose_lent(hold_buffer *self)
+{
+    self->let_go(self->base);
+    free(self);
+    atomic_fetch_sub(&live, 1);
+}
+
+int hold_buffer_lend(void *data, size_t nbytes, void *owner, void (*let_go)(void *owner),
+                     hold_buffer **out)
+{
+    hold_buffer *self = make(nbytes);
+    if (!self)
+        return -ENOMEM;
+    self->data = data;
+    self->base = owner;
+    self->let_go = let_go;
+    self->dispose = dispose_lent;
+    *out = self;
+    return 0;
+}
+
 static size_t page_size(void)
 {
     return (size_t)sysconf(_SC_PAGESIZE);

@@ -12,6 +12,8 @@ cdef extern from "hold.h" nogil:
 
 cdef class Buffer:
     cdef hold_buffer *handle
+    # Where the memory is, as views.DEVICE has it: 0 for the memory of the host.
+    cdef readonly int device
 
     @staticmethod
     cdef Buffer adopt(hold_buffer *handle)

@@ -12,7 +12,13 @@ cdef class Buffer:
 
     Writable, of bytes, through the buffer protocol (``memoryview(buffer)``). Whoever holds this
     object, or one of the tensors made over it, keeps the memory; it is given back with the last.
-    Not made by hand: ``_engine.allocate`` and ``_engine.map_file`` return it.
+    Not made by hand: ``_engine.allocate`` and ``_engine.map_file`` return it, and ``_engine.lend``
+    for memory of a device, which the buffer protocol does not show.
+
+    Attributes
+    ----------
+    device : int
+        Where the memory is (:func:`holdfast.views.device_code`); 0 for that of the host.
     """
 
     def __init__(self):
@@ -38,4 +44,6 @@ cdef class Buffer:
         return self.handle.nbytes
 
     def __getbuffer__(self, Py_buffer *view, int flags):
+        if self.device:
+            raise BufferError("the memory of a device cannot be seen from the host")
         PyBuffer_FillInfo(view, self, self.handle.data, <Py_ssize_t>self.handle.nbytes, 0, flags)

@@ -26,6 +26,8 @@ __all__ = [
     "TensorBatch",
     "TensorView",
     "dense_strides",
+    "device_code",
+    "device_of",
     "pick_layouts",
 ]
 
@@ -73,6 +75,8 @@ class TensorView:
         What has to stay alive for `address` to stay valid.
     swapped : bool
         Whether the elements have the byte order that the machine does not have.
+    device : int
+        Where the memory is (:func:`device_code`); 0 for that of the host.
     """
 
     dtype: DType
@@ -81,6 +85,7 @@ class TensorView:
     owner: object = field(compare=False)  # arrays are not compared to a truth value
     strides: tuple[int, ...] | None = None
     swapped: bool = False
+    device: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -154,6 +159,9 @@ class TensorBatch:
         Index in `owners` for each row; None where all rows share ``owners[0]``.
     storages : Storages or None
         What the rows are views of, where several may be views of one.
+    devices : ndarray of int32 or None
+        Of a batch that is described, where the memory of each row is (:func:`device_code`); None
+        where all of it is the host's. Of one to be wrapped, each Buffer says it.
     """
 
     views: np.ndarray
@@ -162,6 +170,7 @@ class TensorBatch:
     strides: np.ndarray | None = None
     owner: np.ndarray | None = field(default=None)
     storages: Storages | None = None
+    devices: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.views)
@@ -181,6 +190,7 @@ class TensorBatch:
             owner=owner,
             strides=None if dense else tuple(self.strides[span].tolist()),  # type: ignore[index]
             swapped=bool(int(row["flags"]) & SWAPPED),
+            device=0 if self.devices is None else int(self.devices[i]),
         )
 
     @classmethod
@@ -207,6 +217,11 @@ class TensorBatch:
             owners=[view.owner for view in views],
             strides=np.array(strides, np.int64),
             owner=np.arange(len(views), dtype=np.int64),
+            devices=(
+                np.array([view.device for view in views], np.int32)
+                if any(view.device for view in views)
+                else None
+            ),
         )
 
 
@@ -224,6 +239,35 @@ def pick_layouts(layouts: Sequence[Layout] | None, chosen: np.ndarray) -> list[L
         return []
     place = dict(zip(chosen.tolist(), range(len(chosen)), strict=True))
     return sorted((place[layout[0]], *layout[1:]) for layout in layouts if layout[0] in place)
+
+
+def device_code(kind: int, number: int) -> int:
+    """How a device is said in a column: 0 for the memory of the host.
+
+    Parameters
+    ----------
+    kind : int
+        DLPack's device type: 1 for the host, 2 for CUDA.
+    number : int
+        Which one of its kind.
+
+    Examples
+    --------
+    >>> device_code(2, 1) == (2 << 16) + 1, device_code(1, 0)
+    (True, 0)
+    """
+    return 0 if kind == 1 else kind << 16 | number
+
+
+def device_of(code: int) -> tuple[int, int]:
+    """DLPack's device type and the number that a code stands for.
+
+    Examples
+    --------
+    >>> device_of(device_code(2, 1)), device_of(0)
+    ((2, 1), (1, 0))
+    """
+    return (code >> 16, code & 0xFFFF) if code else (1, 0)
 
 
 def dense_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
