@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -9,7 +10,16 @@ import numpy as np
 
 from .._buffer import Buffer
 
-__all__ = ["COPY", "PAGE", "CopyLostError", "Device", "Event", "host_bytes"]
+__all__ = [
+    "COPY",
+    "PAGE",
+    "CopyLostError",
+    "Device",
+    "Event",
+    "host_bytes",
+    "out_of_memory",
+    "word",
+]
 
 #: A piece to be copied: its address on the device, its address in the host's memory, its size.
 COPY = np.dtype([("device", np.uint64), ("host", np.uint64), ("nbytes", np.uint64)])
@@ -24,9 +34,6 @@ class CopyLostError(RuntimeError):
 
 class Event(Protocol):
     """A point among the copies of one device: everything submitted before it."""
-
-    def done(self) -> bool:
-        """Whether it has been reached; never waits."""
 
     def wait(self) -> None:
         """Wait until it has been reached.
@@ -103,6 +110,17 @@ class Device(Protocol):
 
     def record(self) -> Event:
         """The point after everything submitted so far."""
+
+
+def out_of_memory(name: str, nbytes: int, free: int | None, total: int | None) -> MemoryError:
+    """The error that says what a device has no room for."""
+    known = "" if free is None else f", {free} of {total} are free"
+    return MemoryError(f"{name}: cannot allocate {nbytes} bytes{known}")
+
+
+def word(*numbers: int) -> int:
+    """The largest of 8, 4, 2 and 1 that divides all: what elements can be moved in at a time."""
+    return math.gcd(8, *numbers)
 
 
 class _Memory:

@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import _engine
 from .._buffer import Buffer
-from .base import COPY, Device, Event, host_bytes
+from .base import COPY, Device, Event, host_bytes, out_of_memory
 
 __all__ = ["HostDevice"]
 
@@ -68,9 +68,6 @@ class _Point:
     def __init__(self, device: HostDevice, begin: int, end: int) -> None:
         self.device, self.begin, self.end = device, begin, end
 
-    def done(self) -> bool:
-        return self.device._reached(self.end)
-
     def wait(self) -> None:
         self.device._wait(self.begin, self.end)
 
@@ -93,8 +90,8 @@ class HostDevice(Device):
     ----------
     calls : Counter of str
         How often each was called: ``allocate``, ``pin``, ``unpin``, ``begin``, ``copy``
-        (submitted), ``run`` (done), ``record``, ``wait``; ``copy`` counts those of its kind, too: ``to_host``,
-        ``to_device``, ``gather``, ``scatter``, ``strided``.
+        (submitted), ``run`` (done), ``record``, ``wait``; each ``copy`` counts by its own name,
+        too: ``to_host``, ``to_device``, ``gather``, ``scatter``, ``strided``.
     used, peak : int
         Bytes allocated now, and at most.
     pinned : dict of int to int
@@ -161,9 +158,8 @@ class HostDevice(Device):
         self._count("allocate")
         self.frameworks.append(framework)
         if self.capacity is not None and self.used + nbytes > self.capacity:
-            raise MemoryError(
-                f"{self.name}: cannot allocate {nbytes} bytes, {self.capacity - self.used} are free"
-            )
+            free = self.capacity - self.used
+            raise out_of_memory(self.name, nbytes, free, self.capacity)
         owner = _Owner(self, _engine.allocate(nbytes))
         return owner.buffer.address, owner
 
@@ -289,10 +285,6 @@ class HostDevice(Device):
         self._done += 1
         self._changed.notify_all()
 
-    def _reached(self, end: int) -> bool:
-        with self._changed:
-            return self._done >= end
-
     def _wait(self, begin: int, end: int) -> None:
         self._count("wait")
         with self._changed:
@@ -303,7 +295,7 @@ class HostDevice(Device):
                     self._changed.wait()
             for number in range(begin, end):
                 if number in self._failed:
-                    raise self._failed[number]
+                    raise self._failed.pop(number)
 
 
 def _image(copies: np.ndarray, scratch: int) -> np.ndarray:

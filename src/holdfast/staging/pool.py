@@ -37,7 +37,8 @@ class Pool:
 
     def _renew(self) -> None:
         self._turn = threading.Lock()
-        self._guard = threading.Lock()
+        # Re-entrant: a forgotten transfer is closed wherever the collector finds it.
+        self._guard = threading.RLock()
         self._owner: int | None = None
 
     def enter(self) -> None:

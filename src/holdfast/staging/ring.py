@@ -134,13 +134,6 @@ class _Ring:
             flight.sound = False
             raise
 
-    def arrived(self, flight: _Flight) -> bool:
-        """Whether all copies of a block are done; raises what :meth:`wait` does."""
-        if all(event.done() for event in flight.events.values()):
-            self.wait(flight)  # which says whether they failed
-            return True
-        return False
-
     def land(self, flight: _Flight) -> None:
         """Let others have the block of a flight that has been waited for."""
         self.flights.remove(flight)
@@ -426,18 +419,14 @@ def _to_device(
     with _Ring(work, staging, devices) as ring:
         going: deque[_Flight] = deque()
         for draft in work.drafts(ring.block_size):
-            # A block that has come back is cheaper than one more.
-            while going and ring.arrived(going[0]):
-                ring.land(going.popleft())
-            block = ring.take()
-            while block is None:
+            while (block := ring.take()) is None:
                 ring.wait(going[0])
                 ring.land(going.popleft())
-                block = ring.take()
             yield work.part(draft, block.buffer.address)
             going.append(ring.send(draft, block))
-        for flight in going:
-            ring.wait(flight)
+        while going:
+            ring.wait(going[0])
+            ring.land(going.popleft())
 
 
 def _of_host(work: Work) -> Iterator[Part]:
