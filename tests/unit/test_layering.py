@@ -75,6 +75,29 @@ def test_adapters_know_the_waist_and_their_framework(path: Path) -> None:
     assert not {n.split(".")[0] for n in names} & ((IO - {"ctypes"}) | FRAMEWORKS) - allowed
 
 
+@pytest.mark.parametrize("path", sources("staging"), ids=lambda p: p.name)
+def test_staging_knows_the_waist_and_the_engine(path: Path) -> None:
+    names = imports(path)
+    assert names, "nothing was imported: the test reads the wrong thing"
+    strangers = {n for n in own(names) if n.split(".")[0] not in WAIST | {"_engine", "staging"}}
+    assert not strangers
+    # What moves bytes through a library imports it in a function, when a device is asked for.
+    mine = {path.stem} & FRAMEWORKS
+    assert {n.split(".")[0] for n in names} & FRAMEWORKS == mine
+    first = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import)]
+    assert not {alias.name for node in first for alias in node.names} & FRAMEWORKS
+
+
+def test_none_but_staging_and_an_adapter_knows_cupy() -> None:
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyx")]
+        if "cupy" in {name.split(".")[0] for name in imports(path)}
+    }
+    assert "staging/cupy.py" in found
+    assert found <= {"staging/cupy.py", "adapters/cupy.py"}
+
+
 @pytest.mark.parametrize("name", sorted(WAIST - {"_buffer", "_placed"}))
 def test_the_waist_knows_only_itself(name: str) -> None:
     names = imports(PACKAGE / f"{name}.py")

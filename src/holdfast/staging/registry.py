@@ -65,7 +65,7 @@ def device(code: int) -> Device:
                 chosen: Device = getattr(importlib.import_module(f".{module}", __package__), made)(
                     number
                 )
-            except (ImportError, RuntimeError) as error:
+            except Exception as error:  # imports break in many ways
                 reasons.append(f"{module}: {error}")
             else:
                 _found[code] = chosen
