@@ -132,7 +132,7 @@ def test_import_brings_in_numpy_at_most() -> None:
     code = """
 import sys
 before = set(sys.modules)
-import holdfast
+import holdfast, holdfast.staging
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 import numpy
 heavy = {"torch", "cupy", "jax", "ml_dtypes", "tqdm", "safetensors", "asyncio", "multiprocessing"}

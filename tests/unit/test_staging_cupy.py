@@ -137,7 +137,17 @@ def test_a_full_device(absent: pytest.MonkeyPatch, raw: bool) -> None:
     kept = staging.allocate(CODES[0], 400, "jax")
     with pytest.raises(MemoryError, match="cuda:0: cannot allocate 700 bytes, 600 of 1000 are"):
         staging.allocate(CODES[0], 700, "cupy")
+    # What torch keeps for itself is asked back before that is said.
+    torch = types.ModuleType("torch")
+    torch.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
+        is_initialized=lambda: True, empty_cache=lambda: owners.clear()
+    )
+    owners = [kept]
     del kept
+    absent.setitem(sys.modules, "torch", torch)
+    assert len(staging.allocate(CODES[0], 700, "cupy")) == 700
+    assert not owners
+    absent.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError):
         staging.allocate(CODES[0], 100, "torch")
 
@@ -151,6 +161,15 @@ def test_strided(cupy: Any, dtype: str) -> None:
     case.content[0] = np.frombuffer(view.tobytes(), np.uint8)
     layouts = [(0, view.shape, view.strides, view.itemsize, 0)]
     assert drain(case, case.to_host(layouts=layouts)) == [view.tobytes()]
+
+
+def test_another_error_of_the_runtime_is_no_want_of_memory(cupy: Any) -> None:
+    def broken(nbytes: int) -> object:
+        raise cupy.cuda.runtime.CUDARuntimeError(700)
+
+    cupy.cuda.alloc = broken
+    with pytest.raises(RuntimeError, match="cudaError: 700"):
+        staging.allocate(CODES[0], 10, "cupy")
 
 
 def test_a_broken_context_keeps_the_memory(cupy: Any) -> None:

@@ -115,15 +115,26 @@ class CupyDevice(Device):
             return allocate(self._number, nbytes)
         # The pool keeps memory by stream: that of the ring must not be another stream's before.
         with self._current() if framework is None else self._device:
-            try:
-                memory = self._cupy.cuda.alloc(nbytes)
-            except MemoryError as error:
-                raise self._no_room(nbytes) from error
-            except self._runtime.CUDARuntimeError as error:
-                if error.status != NO_MEMORY:
-                    raise
-                raise self._no_room(nbytes) from error
+            memory = self._take(nbytes)
+            if memory is None:
+                torch: Any = sys.modules.get("torch")
+                if torch is not None and torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()  # what it keeps for itself may be all there is
+                    memory = self._take(nbytes)
+            if memory is None:
+                raise self._no_room(nbytes)
         return int(memory.ptr), memory
+
+    def _take(self, nbytes: int) -> Any:
+        """Memory from CuPy's pool; None where there is no room."""
+        try:
+            return self._cupy.cuda.alloc(nbytes)
+        except MemoryError:
+            return None
+        except self._runtime.CUDARuntimeError as error:
+            if error.status != NO_MEMORY:
+                raise
+            return None
 
     def _no_room(self, nbytes: int) -> MemoryError:
         try:

@@ -140,6 +140,7 @@ class Work:
             np.cumsum(steps, out=self.line)
         #: Of segments on devices that are not dense: shape, strides and size of an element.
         self.strided: dict[int, tuple[tuple[int, ...], tuple[int, ...], int]] = {}
+        self.odd = np.zeros(len(segments), np.bool_)  # which ones those are
         self._layouts: list[Layout] = []
         for layout in sorted(layouts):
             self._sort_out(layout)
@@ -159,6 +160,7 @@ class Work:
             raise ValueError(f"segment {row}, {nbytes} bytes on a device: {what}")
         if nbytes:
             self.strided[row] = (tuple(shape), tuple(strides), itemsize)
+            self.odd[row] = True
 
     @property
     def nbytes(self) -> int:

@@ -182,8 +182,7 @@ class _Ring:
         copies["host"] = draft.place.astype(np.uint64) + np.uint64(block.buffer.address)
         copies["nbytes"] = draft.nbytes
         kinds = np.where(draft.nbytes < GATHER_BELOW, _SMALL, _LARGE)
-        if work.strided:
-            kinds[np.isin(rows, list(work.strided))] = _STRIDED
+        kinds[work.odd[rows]] = _STRIDED
         keys = codes * 4 + kinds
         cuts = (np.flatnonzero(keys[1:] != keys[:-1]) + 1).tolist()
         used = np.unique(codes).tolist()

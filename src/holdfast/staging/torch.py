@@ -226,9 +226,20 @@ def _usable(number: int) -> Any:
 def allocate(number: int, nbytes: int) -> tuple[int, object]:
     """Address and owner of memory from torch's caching allocator."""
     torch = _usable(number)
-    try:
-        tensor = torch.empty(nbytes, dtype=torch.uint8, device=torch.device("cuda", number))
-    except torch.cuda.OutOfMemoryError as error:
-        free, total = torch.cuda.mem_get_info(number)
-        raise out_of_memory(f"cuda:{number}", nbytes, free, total) from error
+    tensor = _take(torch, number, nbytes)
+    cupy: Any = sys.modules.get("cupy")
+    if tensor is None and cupy is not None:
+        with cupy.cuda.Device(number):
+            cupy.get_default_memory_pool().free_all_blocks()  # which it keeps for itself
+        tensor = _take(torch, number, nbytes)
+    if tensor is None:
+        raise out_of_memory(f"cuda:{number}", nbytes, *torch.cuda.mem_get_info(number))
     return int(tensor.data_ptr()), tensor
+
+
+def _take(torch: Any, number: int, nbytes: int) -> Any:
+    """A tensor of bytes; None where there is no room."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=torch.device("cuda", number))
+    except torch.cuda.OutOfMemoryError:
+        return None
