@@ -68,7 +68,8 @@ static void row_delete(hold_dl_managed *managed)
 }
 
 hold_dl_managed *hold_dl_block_add(hold_dl_block *block, hold_buffer *buffer, void *data,
-                                   hold_dl_dtype dtype, int32_t ndim, const int64_t *shape)
+                                   hold_dl_device device, hold_dl_dtype dtype, int32_t ndim,
+                                   const int64_t *shape)
 {
     dl_row *row = &block->rows[block->used++];
     int64_t *dims = block->free_dims;
@@ -88,7 +89,7 @@ hold_dl_managed *hold_dl_block_add(hold_dl_block *block, hold_buffer *buffer, vo
             .deleter = row_delete,
             .tensor = {
                 .data = data,
-                .device_type = HOLD_DLPACK_CPU,
+                .device = device,
                 .ndim = ndim,
                 .dtype = dtype,
                 .shape = dims,

@@ -33,11 +33,12 @@ hold_dl_block *hold_dl_block_new(size_t tensors, size_t dims);
 
 /*
  * The next tensor of the block: dense, `ndim` extents copied from `shape`, its first element at
- * `data`, which lies in `buffer`. It retains `buffer` until its deleter is called. There must be
- * room for it.
+ * `data`, which lies in `buffer`, in the memory of `device`. It retains `buffer` until its deleter
+ * is called. There must be room for it.
  */
 hold_dl_managed *hold_dl_block_add(hold_dl_block *block, hold_buffer *buffer, void *data,
-                                   hold_dl_dtype dtype, int32_t ndim, const int64_t *shape);
+                                   hold_dl_device device, hold_dl_dtype dtype, int32_t ndim,
+                                   const int64_t *shape);
 
 /*
  * Take back the tensor last added, after a framework refused it: calls its deleter unless the

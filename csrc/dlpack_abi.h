@@ -11,6 +11,7 @@
 
 #define HOLD_DLPACK_MAJOR 1
 #define HOLD_DLPACK_CPU 1
+#define HOLD_DLPACK_CUDA 2
 
 /* Lists the element type: kind of number, bits of one lane, lanes. */
 typedef struct hold_dl_dtype {
@@ -19,11 +20,16 @@ typedef struct hold_dl_dtype {
     uint16_t lanes;
 } hold_dl_dtype;
 
+/* Where memory is: a kind of device, and which one of its kind. */
+typedef struct hold_dl_device {
+    int32_t type;
+    int32_t id;
+} hold_dl_device;
+
 /* A strided array. `strides` count elements; both arrays have ndim items and may be NULL at 0. */
 typedef struct hold_dl_tensor {
     void *data;
-    int32_t device_type;
-    int32_t device_id;
+    hold_dl_device device;
     int32_t ndim;
     hold_dl_dtype dtype;
     int64_t *shape;

@@ -9,7 +9,7 @@ There is no branch here on a framework or on a format; each step asks one of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .fill import IncompatibleKeys, fill_from
@@ -19,6 +19,9 @@ from .progress import ProgressArgument
 from .saving import SaveOptions, save_file
 from .source import FileLike
 from .verification import Report, verify_file
+
+if TYPE_CHECKING:
+    from .staging import Staging
 
 __all__ = ["convert", "load", "load_into", "open", "save", "verify"]
 
@@ -37,6 +40,7 @@ def save(
     max_shard_size: int | str | None = None,
     threads: int | None = None,
     progress: ProgressArgument = None,
+    staging: Staging | None = None,
 ) -> None:
     """Save an object with tensors in it.
 
@@ -46,11 +50,11 @@ def save(
     Parameters
     ----------
     obj : object
-        Any nesting of dict, OrderedDict, list, tuple, set and frozenset with tensors (NumPy
-        arrays, torch tensors and parameters), NumPy scalars, str, bytes, numbers, None and the
-        like as leaves: a state dict, a training checkpoint. Tensors may be strided, expanded or of
-        a foreign byte order; only the elements that they show are written, in C order. Tensors that
-        are one memory are stored once.
+        Any nesting of dict, OrderedDict, list, tuple, set and frozenset with tensors (NumPy arrays,
+        torch tensors and parameters, CuPy and JAX arrays, on whatever device), NumPy scalars, str,
+        bytes, numbers, None and the like as leaves: a state dict, a training checkpoint. Tensors
+        may be strided, expanded or of a foreign byte order; only the elements that they show are
+        written, in C order. Tensors that are one memory are stored once.
 
         To a torch format goes all that ``torch.save`` takes, as it takes it: a storage of torch's
         is written once and whole, with all that tensors are views of. Programs, a ``ScriptModule``
@@ -82,6 +86,9 @@ def save(
         How many threads write. By default what measured fastest.
     progress : bool or callable, optional
         True for a progress bar (needs tqdm), or a callable ``(bytes_done, bytes_total)``.
+    staging : Staging, optional
+        How tensors of CUDA devices come to the host: through how many blocks of pinned memory, and
+        how large ones. By default four of 16 MiB.
 
     Raises
     ------
@@ -122,6 +129,7 @@ def save(
             threads=_threads(threads),
             progress=progress,
             max_shard_size=max_shard_size,
+            staging=staging,
         ),
     )
 
@@ -140,6 +148,7 @@ def load(
     dequantize: bool = False,
     threads: int | None = None,
     progress: ProgressArgument = None,
+    staging: Staging | None = None,
 ) -> Any:
     """Load what :func:`save` saved, or others did: see the formats below.
 
@@ -152,7 +161,8 @@ def load(
         What it is is told from its content, never from its name. A file object is read from its
         position on.
     map_location : optional
-        As for ``torch.load``: a device, a dict of devices, or a callable. Of a file of
+        As for ``torch.load``: a device (of CuPy's or JAX's, too), a dict of devices, or a callable.
+        To a CUDA device the tensors are read through pinned memory, without a map. Of a file of
         ``torch.save`` it is given storages and the device that each was saved from, and None puts
         them there; of others it is given tensors and ``"cpu"``, and None leaves them in the memory
         of the host.
@@ -191,6 +201,8 @@ def load(
         How many threads read. By default what measured fastest.
     progress : bool or callable, optional
         As for :func:`save`.
+    staging : Staging, optional
+        As for :func:`save`, of what `map_location` wants on a CUDA device.
 
     Returns
     -------
@@ -225,6 +237,7 @@ def load(
             dequantize=dequantize,
             threads=_threads(threads),
             progress=progress,
+            staging=staging,
             trust=Trust(weights_only=weights_only, safe_globals=tuple(safe_globals)),
         ),
     )
@@ -297,6 +310,8 @@ def open(
     strict: bool = False,
     dequantize: bool = False,
     threads: int | None = None,
+    map_location: Any = None,
+    staging: Staging | None = None,
 ) -> Checkpoint:
     """Open a file without reading more than its header, or of torch's files the pickle.
 
@@ -305,8 +320,11 @@ def open(
 
     Parameters
     ----------
-    f, framework, strict, dequantize, threads
+    f, framework, strict, dequantize, threads, staging
         As for :func:`load`.
+    map_location : optional
+        As for :func:`load`; but by default everything is in the memory of the host, whatever device
+        a file of ``torch.save`` was saved from.
 
     Returns
     -------
@@ -323,7 +341,9 @@ def open(
     ...     print(list(f), f.info("model.w").shape, f.slice("model.w")[1:, 0])
     ['model.w'] (3, 2) [2 4]
     """
-    return open_checkpoint(f, framework, _threads(threads), strict, dequantize)
+    return open_checkpoint(
+        f, framework, _threads(threads), strict, dequantize, map_location, staging
+    )
 
 
 def load_into(
@@ -334,6 +354,7 @@ def load_into(
     prefix: str = "",
     rename: Mapping[str, str] | None = None,
     threads: int | None = None,
+    staging: Staging | None = None,
 ) -> IncompatibleKeys:
     r"""Fill the tensors of a model, or of a dict, from a file, in place.
 
@@ -356,7 +377,7 @@ def load_into(
         Regular expressions and what to put in place of what they find in a stored name, as
         ``re.sub`` does, one after the other and before `prefix` is looked for:
         ``rename={r"^module\.": ""}`` for a model that was saved while it was wrapped.
-    threads : int, optional
+    threads, staging
         As for :func:`load`.
 
     Returns
@@ -378,7 +399,13 @@ def load_into(
         The bytes are not those that were written; the target has been filled with them.
     """
     return fill_from(
-        target, f, strict=strict, prefix=prefix, rename=rename, threads=_threads(threads)
+        target,
+        f,
+        strict=strict,
+        prefix=prefix,
+        rename=rename,
+        threads=_threads(threads),
+        staging=staging,
     )
 
 

@@ -7,18 +7,23 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from . import _engine, adapters, fetch, formats, objects, tree
 from .dequantize import dequantize, dequantized
+from .destinations import destination
 from .errors import FormatError
+from .fetch import Destination
 from .folder import FolderSource, Origin, beside, open_origin
 from .layout import Entry, Index
 from .maps import Maps
 from .source import FileLike
 from .views import TensorBatch
+
+if TYPE_CHECKING:
+    from .staging import Staging
 
 __all__ = ["Checkpoint", "Reader", "TensorSlice", "open_checkpoint"]
 
@@ -215,9 +220,13 @@ class Checkpoint(Mapping[str, Any]):
         threads: int,
         strict: bool = False,
         dequantize: bool = False,
+        location: Any = None,
+        staging: Staging | None = None,
     ) -> None:
         self._reader = Reader(source, strict=strict)
         self._dequantize = dequantize
+        self._location = location
+        self._staging = staging
         if dequantize:
             self._reader.described = dequantized(self._reader.index)
         self._threads = threads
@@ -227,6 +236,8 @@ class Checkpoint(Mapping[str, Any]):
         index = self._reader.index
         self._adapter = adapters.choose(framework, index.framework)
         self._forced = framework is not None
+        # Asked for once, not for every tensor; some frameworks have no memory but a device's.
+        self._elsewhere = location is not None or self._adapter.destination(None) != 0
         self._mapped = self._reader.source.local
         texts = isinstance(index.metadata, dict)
         self.metadata: Mapping[str, Any] = dict(index.metadata) if texts else index.metadata
@@ -300,15 +311,16 @@ class Checkpoint(Mapping[str, Any]):
             rows = np.arange(len(index), dtype=np.int64)
         else:
             rows = np.array(sorted(set(self._reader.select(keys).values())), np.int64)
-        if self._mapped:
+        if self._mapped and self._destination(rows) is None:
             maps = self._map()
             stretches = fetch.stretches(index, rows)
             for number, buffer in maps.each():
                 for start, stop in _runs(stretches[stretches["file"] == number]):
                     _engine.prefetch(buffer, start, stop - start, self._threads)
         else:
-            batch = self._read(rows)
-            made = self._assembler(batch, rows).named({str(row): row for row in rows.tolist()})
+            to = self._destination(rows)
+            maker = self._assembler(self._read(rows, to), rows, to)
+            made = maker.named({str(row): row for row in rows.tolist()})
             self._held.update((int(row), tensor) for row, tensor in made.items())
 
     def close(self) -> None:
@@ -352,7 +364,28 @@ class Checkpoint(Mapping[str, Any]):
             self._maps = self._reader.source.maps(self._reader.index)
         return self._maps
 
-    def _read(self, rows: np.ndarray) -> TensorBatch:
+    def _destination(self, rows: np.ndarray) -> Destination | None:
+        """The devices that these entries are read to; None for the memory of the host alone."""
+        if not self._elsewhere or self._dequantize or self._adapter.dataless(self._location):
+            return None
+        return destination(
+            self._reader.source,
+            self._reader.index,
+            rows,
+            self._adapter,
+            location=self._where,
+            kinds=self._reader.kinds,
+            forced=self._forced,
+            staging=self._staging,
+        )
+
+    @property
+    def _where(self) -> Any:
+        """``map_location``: by default what is opened stays in the memory of the host."""
+        locations = self._reader.index.locations
+        return "cpu" if self._location is None and locations else self._location
+
+    def _read(self, rows: np.ndarray, to: Destination | None) -> TensorBatch:
         index = self._reader.index
         return fetch.read_tensors(
             self._reader.source,
@@ -360,19 +393,23 @@ class Checkpoint(Mapping[str, Any]):
             rows,
             verify=fetch.checkable(index),
             threads=self._threads,
+            to=to,
         )
 
     def _wrap(self, row: int) -> Any:
         self._check_open()
         index = self._reader.index
         rows = np.array([row], np.int64)
-        if self._mapped:
+        to = self._destination(rows)
+        if self._mapped and to is None:
             batch = fetch.map_tensors(self._reader.source, index, rows, self._map())
         else:
-            batch = self._read(rows)
-        return self._assembler(batch, rows).named({"": row})[""]
+            batch = self._read(rows, to)
+        return self._assembler(batch, rows, to).named({"": row})[""]
 
-    def _assembler(self, batch: TensorBatch, rows: np.ndarray) -> objects.Maker:
+    def _assembler(
+        self, batch: TensorBatch, rows: np.ndarray, to: Destination | None
+    ) -> objects.Maker:
         if self._dequantize:
             batch = dequantize(self._reader.index, batch, rows, threads=self._threads)
         return objects.assembler(
@@ -383,7 +420,8 @@ class Checkpoint(Mapping[str, Any]):
             name=self._reader.source.name,
             forced=self._forced,
             kinds=self._reader.kinds,
-            location="cpu" if self._reader.index.locations else None,
+            location=self._where,
+            placed=to is not None and to.whole,
         )
 
     def _part(self, name: str, key: Any) -> Any:
@@ -393,7 +431,7 @@ class Checkpoint(Mapping[str, Any]):
         plain = shape and type(first) in (int, slice) and row not in self._reader.kinds
         plain = plain and not (self._dequantize and row in self._reader.index.encodings)
         if (
-            self._mapped
+            (self._mapped and self._location is None)
             or row in self._held
             or not (plain and fetch.partial(self._reader.index, row))
         ):
@@ -408,7 +446,10 @@ class Checkpoint(Mapping[str, Any]):
             start * math.prod(shape[1:]),
             (stop - start, *shape[1:]),
         )
-        return self._adapter.wrap(batch, {})[0][(local,) + rest]
+        part = self._adapter.wrap(batch, {})[0]
+        if self._location is not None:
+            part = self._adapter.place(part, self._location)
+        return part[(local,) + rest]
 
 
 def _span(key: int | slice, extent: int, name: str) -> tuple[int, int, int | slice]:
@@ -444,6 +485,8 @@ def open_checkpoint(
     threads: int,
     strict: bool = False,
     dequantize: bool = False,
+    location: Any = None,
+    staging: Staging | None = None,
 ) -> Checkpoint:
     """What :func:`holdfast.open` does."""
-    return Checkpoint(open_origin(f), framework, threads, strict, dequantize)
+    return Checkpoint(open_origin(f), framework, threads, strict, dequantize, location, staging)

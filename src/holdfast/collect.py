@@ -93,8 +93,7 @@ def collect(
     keep, position = _ties(batch) if ties else (None, range(len(batch)))
     if keep is None:
         return Collection(names, batch, position, kinds, framework)
-    stored = TensorBatch(batch.views[keep], batch.dims, batch.owners, batch.strides)
-    return Collection([names[row] for row in keep], stored, position, kinds, framework)
+    return Collection([names[row] for row in keep], batch.take(keep), position, kinds, framework)
 
 
 def by_adapter(
@@ -123,18 +122,27 @@ def _merge(parts: list[tuple[np.ndarray | None, TensorBatch]], n: int) -> Tensor
     if len(parts) == 1:
         return parts[0][1]
     views = np.zeros(n, VIEW)
+    devices = np.zeros(n, np.int32)
     dims: list[np.ndarray] = [np.empty(0, np.int64)]
     strides: list[np.ndarray] = [np.empty(0, np.int64)]
     start = 0
     for rows, batch in parts:
         assert rows is not None
         views[rows] = batch.views
+        if batch.devices is not None:
+            devices[rows] = batch.devices
         views["dims"][rows] += start
         start += len(batch.dims)
         dims.append(batch.dims)
         strides.append(np.zeros_like(batch.dims) if batch.strides is None else batch.strides)
     owners = [owner for _, batch in parts for owner in batch.owners]
-    return TensorBatch(views, np.concatenate(dims), owners, np.concatenate(strides))
+    return TensorBatch(
+        views,
+        np.concatenate(dims),
+        owners,
+        np.concatenate(strides),
+        devices=devices if devices.any() else None,
+    )
 
 
 def _ties(batch: TensorBatch) -> tuple[list[int] | None, Sequence[int]]:

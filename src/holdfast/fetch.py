@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial as bind
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +20,11 @@ from .layout import CHECKED, SEGMENT, Index
 from .maps import Maps
 from .views import DENSE, VIEW, TensorBatch, pick_layouts
 
+if TYPE_CHECKING:
+    from .staging import Staging
+
 __all__ = [
+    "Destination",
     "blank_tensors",
     "check",
     "checkable",
@@ -41,12 +48,54 @@ ARENA = 4 << 20
 #: A map of what is in the page cache already, and no larger than this, gets its page tables filled
 #: at once by two threads, which takes a quarter less than a fault for every 64 KiB does.
 POPULATE_MOST = 4 << 30
-#: In memory of our own every tensor starts at a multiple of this.
+#: In memory of our own every tensor starts at a multiple of this, and in that of a device.
 ALIGN = 64
+DEVICE_ALIGN = 256
 
 _UNITS = np.array([row.unit for row in DTYPES], np.uint64)
 
 Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Devices that tensors are read to.
+
+    Attributes
+    ----------
+    devices : ndarray of int32
+        Of each row, or of an index with storages each storage that rows are views of, ascending:
+        where it goes (:func:`holdfast.views.device_code`).
+    framework : str
+        Whose memory it is to be.
+    staging : Staging, optional
+        How it passes through the memory of the host.
+    """
+
+    devices: np.ndarray
+    framework: str
+    staging: Staging | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing stays in the memory of the host."""
+        return bool(self.devices.all())
+
+    def place(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Buffer]]:
+        """Memory for runs of so many bytes, one for each of `devices`: see :func:`_place`."""
+        from . import staging
+
+        address = np.zeros(len(nbytes), np.uint64)
+        owner = np.zeros(len(nbytes), np.int64)
+        owners: list[Buffer] = []
+        for code in np.unique(self.devices).tolist():
+            some = np.flatnonzero(self.devices == code)
+            allocate = bind(staging.allocate, code, framework=self.framework) if code else None
+            align = DEVICE_ALIGN if code else ALIGN
+            address[some], found, made = _place(nbytes[some], allocate, align)
+            owner[some] = found + len(owners)
+            owners += made
+        return address, owner, owners
 
 
 def segments_of(index: Index, rows: np.ndarray) -> np.ndarray:
@@ -124,8 +173,14 @@ def read_tensors(
     verify: bool,
     threads: int = 0,
     progress: Progress | None = None,
+    to: Destination | None = None,
 ) -> TensorBatch:
     """Tensors in memory of their own, filled from the file by several threads in one pass.
+
+    Parameters
+    ----------
+    to : Destination, optional
+        The memory of devices; by default that of the host.
 
     Raises
     ------
@@ -140,16 +195,27 @@ def read_tensors(
             index,
             storages.used(index, rows),
             verify=verify,
-            place=_place,
-            move=move,
+            place=_place if to is None else to.place,
+            move=move if to is None else bind(move, devices=to.devices, staging=to.staging),
             threads=threads,
             progress=progress,
         )
         return storages.view_entries(index, found, rows)
-    batch = blank_tensors(index, rows)
+    batch = _batch(index, rows)
+    nbytes = batch.views["nbytes"].astype(np.int64)
+    place = _place if to is None else to.place
+    batch.views["address"], batch.owner, batch.owners = place(nbytes)
     segments = segments_of(index, rows)
     segments["address"] = batch.views["address"]
-    move(source, segments, verify=verify, threads=threads, progress=progress)
+    move(
+        source,
+        segments,
+        verify=verify,
+        threads=threads,
+        progress=progress,
+        devices=None if to is None else to.devices,
+        staging=None if to is None else to.staging,
+    )
     if verify:
         check(source.name, index, rows, segments)
     return batch
@@ -227,15 +293,69 @@ def move(
     verify: bool,
     threads: int = 0,
     progress: Progress | None = None,
+    devices: np.ndarray | None = None,
+    staging: Staging | None = None,
 ) -> None:
-    """Read `segments`, which may come in any order; their checksums are filled in with `verify`."""
+    """Read `segments`, which may come in any order; their checksums are filled in with `verify`.
+
+    Parameters
+    ----------
+    layouts : sequence of tuple, optional
+        Of memory of the host that is not simply dense; together with `devices` there is none.
+    devices : ndarray of int32, optional
+        Where the memory of each segment is; by default all of it is the host's. Others than the
+        host's pass through it as `staging` says. The source is repeatable then.
+    """
     order = _order(segments)
     work = segments if order is None else np.ascontiguousarray(segments[order])
     if order is not None and layouts:
         layouts = pick_layouts(layouts, order)
-    source.move(work, layouts=layouts, checksum=verify, threads=threads, progress=progress)
+    if devices is None:
+        source.move(work, layouts=layouts, checksum=verify, threads=threads, progress=progress)
+    else:
+        assert not layouts
+        _move_staged(
+            source,
+            work,
+            devices if order is None else devices[order],
+            staging,
+            verify=verify,
+            threads=threads,
+            progress=progress,
+        )
     if order is not None:
         segments["crc"][order] = work["crc"]
+
+
+def _move_staged(
+    source: Origin,
+    segments: np.ndarray,
+    devices: np.ndarray,
+    settings: Staging | None,
+    *,
+    verify: bool,
+    threads: int,
+    progress: Progress | None,
+) -> None:
+    """Read segments in the order of the files, some into memory of devices."""
+    from . import staging
+
+    done = 0
+    with contextlib.closing(staging.to_device(segments, devices, staging=settings)) as parts:
+        for part in parts:
+            source.move(
+                part.segments,
+                checksum=verify,
+                threads=threads,
+                progress=None if progress is None else bind(_report, progress, done),
+            )
+            done += int(part.segments["nbytes"].sum())
+            if verify:
+                part.join(segments)
+
+
+def _report(progress: Progress, before: int, done: int) -> object:
+    return progress(before + done)
 
 
 def _order(segments: np.ndarray) -> np.ndarray | None:
@@ -310,7 +430,11 @@ def _batch(index: Index, rows: np.ndarray) -> TensorBatch:
     return TensorBatch(views=views, dims=index.dims, owners=[])
 
 
-def _place(nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Buffer]]:
+def _place(
+    nbytes: np.ndarray,
+    allocate: Callable[[int], Buffer] | None = None,
+    align: int = ALIGN,
+) -> tuple[np.ndarray, np.ndarray, list[Buffer]]:
     """Memory for runs of so many bytes: of its own for a large one, else a place in an arena.
 
     Returns
@@ -320,27 +444,28 @@ def _place(nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Buffer]]:
         Index in `owners` for each run.
     owners : list of Buffer
     """
+    allocate = allocate or _engine.allocate
     address = np.zeros(len(nbytes), np.uint64)
     owner = np.zeros(len(nbytes), np.int64)
     owners: list[Buffer] = []
     if len(nbytes) == 1:  # without the dozen array operations that many are worth
-        owners = [_engine.allocate(int(nbytes[0]))]
+        owners = [allocate(int(nbytes[0]))]
         address[0] = owners[0].address
         return address, owner, owners
     for row in np.flatnonzero(nbytes >= LARGE).tolist():
-        buffer = _engine.allocate(int(nbytes[row]))
+        buffer = allocate(int(nbytes[row]))
         address[row] = buffer.address
         owner[row] = len(owners)
         owners.append(buffer)
 
     small = np.flatnonzero(nbytes < LARGE)
-    spans = (nbytes[small] + (ALIGN - 1)) & -ALIGN
+    spans = (nbytes[small] + (align - 1)) & -align
     starts = np.cumsum(spans) - spans
     # A tensor goes to the arena in which it starts; the last of one may pass its end by < LARGE.
     edges = [*np.flatnonzero(np.diff(starts // ARENA, prepend=-1)).tolist(), len(small)]
     for begin, stop in itertools.pairwise(edges):
         first = int(starts[begin])
-        buffer = _engine.allocate(int(starts[stop - 1] + spans[stop - 1]) - first)
+        buffer = allocate(int(starts[stop - 1] + spans[stop - 1]) - first)
         rows = small[begin:stop]
         base = np.uint64(buffer.address)
         address[rows] = (starts[begin:stop] - first).astype(np.uint64) + base

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from .folder import open_origin
 from .layout import Index
 from .source import FileLike
 from .views import TensorBatch, TensorView
+
+if TYPE_CHECKING:
+    from .staging import Staging
 
 __all__ = ["IncompatibleKeys", "fill_from"]
 
@@ -55,6 +58,7 @@ def fill_from(
     prefix: str,
     rename: Mapping[str, str] | None,
     threads: int,
+    staging: Staging | None = None,
 ) -> IncompatibleKeys:
     """What :func:`holdfast.load_into` does."""
     rules = _rules(rename)
@@ -73,7 +77,7 @@ def fill_from(
             [name for name in stored if name not in named],
         )  # fmt: skip
         _refuse(target, reader, matches, keys if strict else None)
-        _fill(reader, matches, threads)
+        _fill(reader, matches, threads, staging)
     return keys
 
 
@@ -207,7 +211,7 @@ def _quoted(names: list[str]) -> str:
     return shown if len(names) <= 50 else f"{shown}, … ({len(names)} in all)"
 
 
-def _fill(reader: Reader, matches: list[_Target], threads: int) -> None:
+def _fill(reader: Reader, matches: list[_Target], threads: int, staging: Staging | None) -> None:
     """Read what needs no conversion straight into place, in one pass; convert the rest."""
     index, source = reader.index, reader.source
     direct: list[_Target] = []
@@ -216,7 +220,7 @@ def _fill(reader: Reader, matches: list[_Target], threads: int) -> None:
     for match in matches:
         if not fetch.partial(index, match.row):
             apart.append(match)
-        elif match.view.owner is match.tensor and match.view.dtype is index.dtype(match.row):
+        elif _reads_straight(match, index, source.repeatable):
             direct.append(match)
         else:
             rest.append(match)
@@ -234,11 +238,19 @@ def _fill(reader: Reader, matches: list[_Target], threads: int) -> None:
     if len(shared) and fetch.checkable(index):
         fetch.verify_rows(source, index, shared, threads=threads)
     for members in passes:
-        _read_into(reader, members, threads)
+        _read_into(reader, members, threads, staging)
     for match in rest:
         _convert(reader, match)
     for match in apart:
         _copy(reader, match)
+
+
+def _reads_straight(match: _Target, index: Index, repeatable: bool) -> bool:
+    """Whether the bytes of the file are those of the tensor, and can be brought where it is."""
+    view = match.view
+    if view.owner is not match.tensor or view.dtype is not index.dtype(match.row):
+        return False
+    return not view.device or (repeatable and view.layout() is None)
 
 
 def _passes(index: Index, matches: list[_Target]) -> list[list[_Target]]:
@@ -288,9 +300,17 @@ def _check_dtypes(reader: Reader, matches: list[_Target]) -> None:
             raise TypeError(f"{reader.source.name}: {error}") from error
 
 
-def _read_into(reader: Reader, matches: list[_Target], threads: int) -> None:
+def _read_into(
+    reader: Reader, matches: list[_Target], threads: int, staging: Staging | None
+) -> None:
     """Read entries into the memory that their tensors have."""
     index = reader.index
+    strided = [match for match in matches if match.view.layout() is not None]
+    if strided and any(match.view.device for match in matches):
+        # What goes to devices is dense and passes in parts; the engine scatters what does not.
+        dense = [match for match in matches if match.view.layout() is None]
+        _read_into(reader, dense, threads, staging)
+        matches = strided
     rows = np.array([match.row for match in matches], np.int64)
     segments = fetch.segments_of(index, rows)
     layouts: list[_engine.Layout] = []
@@ -301,7 +321,16 @@ def _read_into(reader: Reader, matches: list[_Target], threads: int) -> None:
         if layout is not None:
             layouts.append((i, *layout))
     verify = fetch.checkable(index)
-    fetch.move(reader.source, segments, layouts=layouts, verify=verify, threads=threads)
+    devices = np.array([match.view.device for match in matches], np.int32)
+    fetch.move(
+        reader.source,
+        segments,
+        layouts=layouts,
+        verify=verify,
+        threads=threads,
+        devices=devices if devices.any() else None,
+        staging=staging,
+    )
     if verify:
         fetch.check(reader.source.name, index, rows, segments)
 

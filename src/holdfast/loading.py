@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,13 +13,18 @@ from .adapters import Adapter
 from .annotated import annotate
 from .checkpoint import Reader
 from .dequantize import dequantize, dequantized
+from .destinations import destination
 from .errors import FormatError
+from .fetch import Destination
 from .folder import FolderSource, Origin, open_origin
 from .layout import FOREIGN, Index
 from .pickled import Trust
 from .progress import ProgressArgument, reporting
 from .source import FileLike
 from .views import TensorBatch
+
+if TYPE_CHECKING:
+    from .staging import Staging
 
 __all__ = ["LoadOptions", "load_file"]
 
@@ -46,6 +51,8 @@ class LoadOptions:
         Whether a map is shared with the file, so that writing to the tensors writes to it.
     strict : bool
         Whether a folder that was not saved to its end is an error.
+    staging : Staging, optional
+        How tensors pass through the memory of the host to that of devices.
     """
 
     map_location: Any = None
@@ -62,6 +69,7 @@ class LoadOptions:
     data: bool = True
     shared: bool = False
     strict: bool = False
+    staging: Staging | None = None
 
 
 def load_file(f: FileLike, options: LoadOptions) -> Any:
@@ -86,7 +94,8 @@ def load_file(f: FileLike, options: LoadOptions) -> Any:
             rows = np.arange(len(index), dtype=np.int64)
         else:
             rows = np.array(sorted(set(chosen.values())), np.int64)
-        batch = _bring(source, index, rows, adapter, options)
+        to = _devices(reader, rows, adapter, options)
+        batch = _bring(source, index, rows, adapter, options, to)
         made = objects.assembler(
             index,
             batch,
@@ -96,6 +105,7 @@ def load_file(f: FileLike, options: LoadOptions) -> Any:
             forced=options.framework is not None,
             kinds=reader.kinds,
             location=options.map_location,
+            placed=to is not None and to.whole,
             trust=options.trust,
         )
         found = made.whole() if chosen is None else made.named(chosen)
@@ -109,30 +119,66 @@ def load_file(f: FileLike, options: LoadOptions) -> Any:
         )
 
 
+def _devices(
+    reader: Reader, rows: np.ndarray, adapter: Adapter, options: LoadOptions
+) -> Destination | None:
+    """The devices that these entries are read to; None for the memory of the host alone."""
+    if not options.data or adapter.dataless(options.map_location):
+        return None
+    if options.dequantize and reader.index.encodings:
+        return None
+    return destination(
+        reader.source,
+        reader.index,
+        rows,
+        adapter,
+        location=options.map_location,
+        kinds=reader.kinds,
+        forced=options.framework is not None,
+        staging=options.staging,
+    )
+
+
 def _bring(
-    source: Origin, index: Index, rows: np.ndarray, adapter: Adapter, options: LoadOptions
+    source: Origin,
+    index: Index,
+    rows: np.ndarray,
+    adapter: Adapter,
+    options: LoadOptions,
+    to: Destination | None,
 ) -> TensorBatch:
     """The tensors of these entries in memory: mapped, read, or dequantized."""
     if not options.dequantize or not index.encodings:
-        return _raw(source, index, rows, adapter, options)
+        return _raw(source, index, rows, adapter, options, to)
     if not options.data or adapter.dataless(options.map_location):
         return fetch.blank_tensors(dequantized(index), rows)
-    batch = _raw(source, index, rows, adapter, options)
+    batch = _raw(source, index, rows, adapter, options, None)
     return dequantize(index, batch, rows, threads=options.threads)
 
 
 def _raw(
-    source: Origin, index: Index, rows: np.ndarray, adapter: Adapter, options: LoadOptions
+    source: Origin,
+    index: Index,
+    rows: np.ndarray,
+    adapter: Adapter,
+    options: LoadOptions,
+    to: Destination | None,
 ) -> TensorBatch:
     """The tensors of these entries as the file has them."""
-    mapped = source.local if options.mmap is None else options.mmap
+    mapped = to is None and (source.local if options.mmap is None else options.mmap)
     if not options.data or adapter.dataless(options.map_location):
         return fetch.blank_tensors(index, rows)
     check = fetch.checkable(index) and (not mapped if options.verify is None else options.verify)
     with reporting(options.progress, fetch.total(index, rows)) as report:
         if not mapped:
             return fetch.read_tensors(
-                source, index, rows, verify=check, threads=options.threads, progress=report
+                source,
+                index,
+                rows,
+                verify=check,
+                threads=options.threads,
+                progress=report,
+                to=to,
             )
         if check:
             fetch.verify_rows(source, index, rows, threads=options.threads, progress=report)

@@ -32,6 +32,7 @@ __all__ = [
     "flatten",
     "kinds_of",
     "rebuild",
+    "shared_out",
     "tree_of",
 ]
 
@@ -166,15 +167,30 @@ def assembler(
     forced: bool,
     kinds: dict[int, str],
     location: Any = None,
+    placed: bool = False,
     trust: Trust | None = None,
 ) -> Maker:
     """The maker for an index: by storages and a pickle, or by a tree. See both for parameters."""
     if index.storages is not None:
         return PickleAssembler(
-            index, batch, rows, adapter, name=name, location=location, trust=trust
+            index,
+            batch,
+            rows,
+            adapter,
+            name=name,
+            location=location,
+            placed=placed,
+            trust=trust,
         )
     return Assembler(
-        index, batch, rows, adapter, name=name, forced=forced, kinds=kinds, location=location
+        index,
+        batch,
+        rows,
+        adapter,
+        name=name,
+        forced=forced,
+        kinds=kinds,
+        location=None if placed else location,
     )
 
 
@@ -272,7 +288,7 @@ class Assembler:
                 array = adapters.by_name("numpy").wrap(self._rows([row]), {})[0]
                 made[row, text] = Blob(array.tobytes())
                 continue
-            adapter, kind = self._resolve(text)
+            adapter, kind = _resolve(text, self._adapter, self._forced)
             groups.setdefault(adapter, []).append((row, text, kind))
         for adapter, members in groups.items():
             kinds = {i: kind for i, (_, _, kind) in enumerate(members) if kind}
@@ -283,27 +299,35 @@ class Assembler:
                 made[row, text] = tensor
         return made
 
-    def _resolve(self, text: str | None) -> tuple[Adapter, str]:
-        """Whose tensor a leaf of this kind becomes, and what kind of one."""
-        if text is None:
-            return self._adapter, ""
-        framework, kind = split_kind(text)
-        if framework == self._adapter.name:
-            return self._adapter, kind
-        # Elements of a dtype that only the other framework has cannot be said otherwise.
-        if adapters.available(framework) and (opaque(text) or not self._forced):
-            return adapters.by_name(framework), kind
-        return self._adapter, ""
-
     def _rows(self, rows: list[int]) -> TensorBatch:
         at = rows if self._at is None else [self._at[row] for row in rows]
-        batch = self._batch
-        return TensorBatch(
-            np.ascontiguousarray(batch.views[at]),
-            batch.dims,
-            batch.owners,
-            owner=None if batch.owner is None else np.ascontiguousarray(batch.owner[at]),
-        )
+        return self._batch.take(at)
+
+
+def _resolve(text: str | None, own: Adapter, forced: bool) -> tuple[Adapter, str]:
+    """Whose tensor a leaf of this kind becomes, and what kind of one."""
+    if text is None:
+        return own, ""
+    framework, kind = split_kind(text)
+    if framework == own.name:
+        return own, kind
+    # Elements of a dtype that only the other framework has cannot be said otherwise.
+    if adapters.available(framework) and (opaque(text) or not forced):
+        return adapters.by_name(framework), kind
+    return own, ""
+
+
+def shared_out(index: Index, adapter: Adapter, *, forced: bool) -> tuple[set[int], set[int]]:
+    """The entries that tensors of `adapter` are made of, and those that anything else is.
+
+    An entry may be among both.
+    """
+    own: set[int] = set()
+    others: set[int] = set()
+    for row, text in _uses(index):
+        mine = text != BLOB and _resolve(text, adapter, forced)[0] is adapter
+        (own if mine else others).add(row)
+    return own, others
 
 
 def _uses(index: Index) -> dict[_Use, None]:

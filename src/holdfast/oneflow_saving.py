@@ -250,6 +250,7 @@ def save_apart(
             threads=options.threads,
             progress=options.progress,
             release=mapped,
+            staging=options.staging,
         )
         return
     path = cast("str | bytes | os.PathLike[str]", f)
@@ -263,6 +264,7 @@ def save_apart(
             progress=options.progress,
             replace=partial(replaceable, path),
             release=mapped,
+            staging=options.staging,
         )
     except FileExistsError as error:
         if error.filename != os.fspath(path):

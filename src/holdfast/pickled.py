@@ -72,6 +72,8 @@ class PickleAssembler:
         What messages call the file.
     location : object
         ``map_location``.
+    placed : bool
+        Whether all storages are where `location` wants them already.
     trust : Trust
     """
 
@@ -84,6 +86,7 @@ class PickleAssembler:
         *,
         name: str,
         location: Any = None,
+        placed: bool = False,
         trust: Trust | None = None,
     ) -> None:
         assert batch.storages is not None
@@ -93,6 +96,7 @@ class PickleAssembler:
         self._adapter = adapter
         self._name = name
         self._location = location
+        self._placed = placed
         self._trust = trust or Trust()
         self._copied = 0
         self._handles: dict[int, Any] = {}
@@ -169,16 +173,15 @@ class PickleAssembler:
 
     def _moves(self) -> bool:
         """Whether storages are to be elsewhere than where they were read."""
+        if self._placed:
+            return False
         locations: Sequence[str] = self._index.locations or ()
         if locations and len(self._rows) < len(self._index):
             locations = [locations[i] for i in storages.used(self._index, self._rows).tolist()]
         return self._adapter.relocates(locations, self._location)
 
     def _part(self, which: np.ndarray) -> TensorBatch:
-        batch = self._batch
-        owner = None if batch.owner is None else np.ascontiguousarray(batch.owner[which])
-        views = np.ascontiguousarray(batch.views[which])
-        return TensorBatch(views, batch.dims, batch.owners, owner=owner, storages=batch.storages)
+        return self._batch.take(which)
 
     def _wrap(self, batch: TensorBatch, kinds: dict[int, str]) -> list[Any]:
         with self._blamed():

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
 
 import numpy as np
 
 from . import _engine, _engine_py
 from .layout import SEGMENT, Pieces, Plan
+from .pace import Pace
 from .progress import ProgressArgument, reporting
 from .source import FileLike, is_path, path_text
 from .views import DENSE, SWAPPED, TensorBatch, pick_layouts
+
+if TYPE_CHECKING:
+    from .staging import Staging
 
 __all__ = ["check_target", "segments_of", "write_out"]
 
@@ -30,6 +36,8 @@ RELEASE = 1
 _ROW = np.dtype((np.void, SEGMENT.itemsize))
 
 Report = Callable[[int], object] | None
+#: Given segments in host memory, their layouts, and how many bytes came before them.
+Act = Callable[[np.ndarray, "Sequence[_engine.Layout]", int], None]
 #: Given the checksums of all tensors, raises where they are not what they should be.
 Check = Callable[[np.ndarray], None] | None
 
@@ -47,6 +55,8 @@ class _Work:
     rows: np.ndarray  # which tensor of the batch each segment is
     segments: np.ndarray
     layouts: list[_engine.Layout]
+    devices: np.ndarray | None  # where the memory of each segment is; None: all the host's
+    staging: Staging | None
 
     def crcs(self, plan: Plan) -> np.ndarray:
         """Checksums in the order of the batch; where there are no bytes, the CRC-32 of none: 0."""
@@ -56,18 +66,20 @@ class _Work:
 
     def summed(self, chosen: np.ndarray | None, threads: int, name: str) -> None:
         """Compute the checksums of the tensors that `chosen` says, or of all."""
+
+        def act(part: np.ndarray, layouts: Sequence[_engine.Layout], _: int) -> None:
+            _engine.checksum(part, layouts=layouts, threads=threads, filename=name)
+
         if chosen is None or chosen.all():
-            whole, layouts = self.segments, self.layouts
-            _engine.checksum(whole, layouts=layouts, threads=threads, filename=name)
+            self._on_host(self.segments, self.layouts, self.devices, act)
             return
         picked = np.flatnonzero(chosen[self.rows])
         part = self.segments[picked]
-        _engine.checksum(
-            part, layouts=pick_layouts(self.layouts, picked), threads=threads, filename=name
-        )
+        devices = None if self.devices is None else self.devices[picked]
+        self._on_host(part, pick_layouts(self.layouts, picked), devices, act)
         self.segments["crc"][picked] = part["crc"]
 
-    def among(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray, list[_engine.Layout]]:
+    def among(self, pieces: Pieces) -> tuple[_Work, np.ndarray]:
         """The tensors and `pieces` in one row of segments, and which of those are the tensors."""
         own = segments_of(pieces)
         n = len(self.segments)
@@ -78,7 +90,36 @@ class _Work:
         both = np.empty(n + len(own), SEGMENT)
         whole = both.view(_ROW)
         whole[is_tensor], whole[~is_tensor] = self.segments.view(_ROW), own.view(_ROW)
-        return both, is_tensor, [(int(place[layout[0]]), *layout[1:]) for layout in self.layouts]
+        layouts = [(int(place[layout[0]]), *layout[1:]) for layout in self.layouts]
+        devices = None
+        if self.devices is not None:
+            devices = np.zeros(len(both), np.int32)
+            devices[is_tensor] = self.devices
+        return _Work(place, both, layouts, devices, self.staging), is_tensor
+
+    def each(self, act: Act) -> None:
+        """Do `act` to the segments in host memory: to all at once, or as they come from devices."""
+        self._on_host(self.segments, self.layouts, self.devices, act)
+
+    def _on_host(
+        self,
+        segments: np.ndarray,
+        layouts: Sequence[_engine.Layout],
+        devices: np.ndarray | None,
+        act: Act,
+    ) -> None:
+        if devices is None:
+            act(segments, layouts, 0)
+            return
+        from . import staging
+
+        done = 0
+        parts = staging.to_host(segments, devices, layouts=layouts, staging=self.staging)
+        with contextlib.closing(parts):
+            for part in parts:
+                act(part.segments, part.layouts, done)
+                part.join(segments)
+                done += int(part.segments["nbytes"].sum())
 
 
 def segments_of(pieces: Pieces) -> np.ndarray:
@@ -116,6 +157,7 @@ def write_out(
     release: np.ndarray | None = None,
     check: Check = None,
     blank: bool = False,
+    staging: Staging | None = None,
 ) -> None:
     """Write the tensors of `batch` where `plan` wants them, and before them what `seal` returns.
 
@@ -127,8 +169,9 @@ def write_out(
     written is let go, so that the memory taken does not grow with the file. `check` is given the
     checksums of all rows before the file gets its name; to raise there is to leave all as it was.
     With `blank` only the format's own bytes are written, with room for the tensors between them.
+    Tensors in the memory of devices come to the host as `staging` says.
     """
-    work = _segments(plan, batch)
+    work = _segments(plan, batch, staging)
     if release is not None:
         work.segments["file"] = np.where(release[work.rows], RELEASE, 0)
     with reporting(progress, plan.size) as report:
@@ -174,7 +217,7 @@ def write_out(
             _write_stream(cast(BinaryIO, f), plan, work, seal, checksum, report, check)
 
 
-def _segments(plan: Plan, batch: TensorBatch) -> _Work:
+def _segments(plan: Plan, batch: TensorBatch, staging: Staging | None) -> _Work:
     """The segments in the order of the file, and the layouts of those that are not dense."""
     views = batch.views
     rows = np.argsort(plan.offsets, kind="stable")
@@ -189,7 +232,8 @@ def _segments(plan: Plan, batch: TensorBatch) -> _Work:
         layout = batch[int(rows[i])].layout()
         if layout is not None:
             layouts.append((i, *layout))
-    return _Work(rows, segments, layouts)
+    devices = None if batch.devices is None else batch.devices[rows]
+    return _Work(rows, segments, layouts, devices, staging)
 
 
 def _write_file(
@@ -209,27 +253,35 @@ def _write_file(
 
     Bytes of the format's own that wait for the checksum of a tensor are written last.
     """
-    segments, layouts, tensors = work.segments, work.layouts, None
+    whole, tensors = work, None
     first, summing = None, checksum
     if plan.early is not None:
         if checksum:
             work.summed(plan.early, threads, name)
             summing = not plan.early.all()
         first = seal(plan, work.crcs(plan) if checksum else None, early=True)
-        segments, tensors, layouts = work.among(first)
-    _engine.write(
-        publication.fd,
-        segments,
-        layouts=layouts,
-        threads=threads,
-        checksum=summing or check is not None,
-        direct=direct,
-        progress=report,
-        filename=name,
-    )
+        whole, tensors = work.among(first)
+    pace = Pace(direct)
+
+    def write(part: np.ndarray, layouts: Sequence[_engine.Layout], done: int) -> None:
+        begun = time.perf_counter()
+        _engine.write(
+            publication.fd,
+            part,
+            layouts=layouts,
+            threads=threads,
+            checksum=summing or check is not None,
+            # What comes in parts is too little at a time for the engine to find out.
+            direct=direct if whole.devices is None else pace.direct,
+            progress=_behind(report, done),
+            filename=name,
+        )
+        pace.saw(int(part["nbytes"].sum()), time.perf_counter() - begun)
+
+    whole.each(write)
     del first  # its bytes had to live until here
     if tensors is not None:
-        work.segments["crc"] = segments["crc"][tensors]
+        work.segments["crc"] = whole.segments["crc"][tensors]
     if check is not None:
         check(work.crcs(plan))
     last = seal(plan, work.crcs(plan) if checksum else None)
@@ -243,6 +295,11 @@ def _write_file(
             direct=bool(direct) and int(rest["offset"][i]) % PAGE == 0,
             filename=name,
         )
+
+
+def _behind(report: Report, done: int) -> Report:
+    """Progress of a part that so many bytes came before."""
+    return report if report is None or not done else lambda more: report(done + more)
 
 
 def _write_blank(target: _engine.Publication | BinaryIO, plan: Plan, seal: Sealer) -> None:
@@ -287,10 +344,15 @@ def _write_stream(
     own = np.array(list(found.values()), SEGMENT)
     both = np.concatenate([work.segments, own])
     order = np.argsort(both["offset"], kind="stable")
-    _engine_py.write_stream(
-        stream,
-        both[order],
-        layouts=pick_layouts(work.layouts, order),
-        checksum=False,
-        progress=report,
-    )
+    devices = None
+    if work.devices is not None:
+        devices = np.concatenate([work.devices, np.zeros(len(own), np.int32)])[order]
+    layouts = pick_layouts(work.layouts, order)
+    whole = _Work(order, both[order], layouts, devices, work.staging)
+
+    def write(part: np.ndarray, layouts: Sequence[_engine.Layout], done: int) -> None:
+        _engine_py.write_stream(
+            stream, part, layouts=layouts, checksum=False, progress=_behind(report, done)
+        )
+
+    whole.each(write)

@@ -6,18 +6,23 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import _engine
 from .layout import SEGMENT, FolderPlan
+from .pace import Pace
 from .progress import ProgressArgument, reporting
 from .publish import LARGE, RELEASE
 from .source import path_text
 from .views import DENSE, SWAPPED, TensorBatch
+
+if TYPE_CHECKING:
+    from .staging import Staging
 
 __all__ = ["write_folder"]
 
@@ -28,8 +33,6 @@ SMALL = 1 << 20
 #: limits, and more would be in each other's way. As in csrc/write.c for parts of one file.
 DIRECT_WORKERS = 6
 BUFFERED_WORKERS = 2
-#: Bytes after which it is judged which way is faster: the first time, and from then on.
-PROBE, BATCH = 64 << 20, 256 << 20
 
 Report = Callable[[int], object] | None
 
@@ -69,6 +72,7 @@ def write_folder(
     progress: ProgressArgument = None,
     replace: bool | Callable[[int], bool] = True,
     release: np.ndarray | None = None,
+    staging: Staging | None = None,
 ) -> None:
     """Write each tensor of `batch` to a file of its own, and the plan's texts beside them.
 
@@ -94,6 +98,8 @@ def write_folder(
     release : ndarray of bool, optional
         Rows of the batch that are memory of unchanged maps, of which what has been written is let
         go. Small ones are not.
+    staging : Staging, optional
+        How tensors in the memory of devices come to the host.
 
     Raises
     ------
@@ -105,7 +111,10 @@ def write_folder(
     name = path_text(path)
     nbytes = batch.views["nbytes"]
     dense = (batch.views["flags"] & (DENSE | SWAPPED)) == DENSE
-    small = (dense & (nbytes <= SMALL)) | (nbytes == 0)
+    staged = np.zeros(len(batch), bool)
+    if batch.devices is not None:
+        staged = (batch.devices != 0) & (nbytes > 0)
+    small = ((dense & (nbytes <= SMALL)) | (nbytes == 0)) & ~staged
     texts = {key: text for key, text in plan.texts.items() if key != plan.last}
     total = int(nbytes.sum()) + sum(map(len, plan.texts.values()))
     ask = replace if callable(replace) else None
@@ -120,7 +129,8 @@ def write_folder(
         few = _gathered(plan, batch, np.flatnonzero(small), texts)
         _write_small(publication.fd, few, threads, so_far, name)
         writer = _Writer(publication.fd, name, plan, batch, threads, so_far, release)
-        writer.write_all(np.flatnonzero(~small), durable)
+        writer.write_all(np.flatnonzero(~small & ~staged), durable)
+        writer.write_staged(np.flatnonzero(staged), durable, staging)
         if plan.last is not None:
             last = _gathered(plan, batch, np.arange(0), {plan.last: plan.texts[plan.last]})
             _write_small(publication.fd, last, threads, so_far, name)
@@ -217,17 +227,15 @@ class _Writer:
 
         That changes from minute to minute, so both are tried, and the slower one is left.
         """
-        rates = {False: 0.0, True: 0.0}
-        direct, at = False, 0
+        pace, at = Pace(None), 0
         while at < len(rows):
-            most, moved, stop = BATCH if all(rates.values()) else PROBE, 0, at
-            while stop < len(rows) and moved < most:
+            moved, stop = 0, at
+            while stop < len(rows) and moved < pace.due:
                 moved += int(self.batch.views["nbytes"][rows[stop]])
                 stop += 1
             begun = time.perf_counter()
-            self.write_side_by_side(rows[at:stop], direct)
-            rates[direct] = moved / (time.perf_counter() - begun + 1e-9)
-            direct = not rates[True] or rates[True] > rates[False]
+            self.write_side_by_side(rows[at:stop], pace.direct)
+            pace.saw(moved, time.perf_counter() - begun)
             at = stop
 
     def write_side_by_side(self, rows: list[int], direct: bool) -> None:
@@ -274,6 +282,55 @@ class _Writer:
         if failures:
             raise failures[0]
         self.so_far.before += sum(moved)
+
+    def write_staged(self, rows: np.ndarray, durable: bool, settings: Staging | None) -> None:
+        """Write rows that are in the memory of devices, as they come to the host.
+
+        Small ones go many at a time; of a larger one each part to where it belongs.
+        """
+        if not len(rows):
+            return
+        from . import staging
+
+        batch = self.batch
+        assert batch.devices is not None
+        segments = np.zeros(len(rows), SEGMENT)
+        segments["file"] = np.arange(len(rows))
+        segments["nbytes"] = batch.views["nbytes"][rows]
+        segments["address"] = batch.views["address"][rows]
+        layouts = [
+            (i, *layout)
+            for i, layout in enumerate(batch[row].layout() for row in rows.tolist())
+            if layout is not None
+        ]
+        parts = staging.to_host(segments, batch.devices[rows], layouts=layouts, staging=settings)
+        arrived = TensorBatch(batch.views.copy(), batch.dims, batch.owners)
+        with closing(parts), ExitStack() as files:
+            current, fd = -1, -1
+            for part in parts:
+                own = part.segments
+                whole = (own["nbytes"] == segments["nbytes"][part.rows]) & (own["nbytes"] <= SMALL)
+                few = rows[part.rows[whole]]
+                arrived.views["address"][few] = own["address"][whole]
+                if len(few):
+                    gathered = _gathered(self.plan, arrived, few, {})
+                    _write_small(self.fd, gathered, self.threads, self.so_far, self.name)
+                for i in np.flatnonzero(~whole).tolist():
+                    row = int(rows[part.rows[i]])
+                    path = self.plan.paths[row]
+                    if row != current:
+                        files.close()
+                        current, fd = row, files.enter_context(_created(self.fd, path, self.name))
+                    _engine.write(
+                        fd,
+                        own[i : i + 1].copy(),
+                        threads=self.threads,
+                        checksum=False,
+                        direct=durable,
+                        progress=self.so_far.part(),
+                        filename=os.path.join(self.name, path),
+                    )
+                    self.so_far.before += int(own["nbytes"][i])
 
     def write_one(self, row: int, threads: int, direct: bool | None, progress: Report) -> None:
         """Write one file."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import adapters, formats, objects
 from .annotated import StateDict
@@ -18,6 +18,9 @@ from .progress import ProgressArgument
 from .publish import check_target, write_out
 from .source import FileLike, is_path
 from .views import TensorBatch
+
+if TYPE_CHECKING:
+    from .staging import Staging
 
 __all__ = ["SaveOptions", "save_file", "written_apart"]
 
@@ -45,6 +48,8 @@ class SaveOptions:
         tensors' bytes and none of them is written: they are holes, or zeros.
     max_shard_size : int or str, optional
         Where the tensors go to several files: how much to one, as :func:`holdfast.save` has it.
+    staging : Staging, optional
+        How tensors in the memory of devices come to the host.
     """
 
     format: str | None = None
@@ -58,6 +63,7 @@ class SaveOptions:
     pickle_protocol: int = 2
     settings: Mapping[str, Any] = field(default_factory=dict)
     max_shard_size: int | str | None = None
+    staging: Staging | None = None
 
 
 def save_file(obj: Any, f: FileLike, options: SaveOptions) -> None:
@@ -94,6 +100,7 @@ def save_file(obj: Any, f: FileLike, options: SaveOptions) -> None:
         threads=options.threads,
         progress=options.progress,
         blank=not options.settings.get("data", True),
+        staging=options.staging,
     )
 
 

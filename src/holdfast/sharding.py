@@ -216,7 +216,7 @@ def _write(
     """Write some of the tensors as one file."""
     form = formats.for_saving("safetensors", "")
     batch = found.batch
-    part = TensorBatch(batch.views[rows.start : rows.stop], batch.dims, batch.owners, batch.strides)
+    part = batch.take(slice(rows.start, rows.stop))
     whole = len(rows) == len(found.names)
     plan = form.plan(
         found.names[rows.start : rows.stop],
@@ -236,6 +236,7 @@ def _write(
         checksum=options.checksum,
         threads=options.threads,
         progress=options.progress if whole else progress,
+        staging=options.staging,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from .dtypes import BY_NAME, DTYPES, DType
 
 __all__ = [
     "CONJUGATE",
+    "CUDA",
     "DENSE",
     "NEGATIVE",
     "SWAPPED",
@@ -56,6 +58,9 @@ SWAPPED = 2
 CONJUGATE = 4
 #: Flag of :data:`VIEW`: the tensor is the negation of what is in memory.
 NEGATIVE = 8
+
+#: DLPack's device type of what runs CUDA.
+CUDA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +196,23 @@ class TensorBatch:
             strides=None if dense else tuple(self.strides[span].tolist()),  # type: ignore[index]
             swapped=bool(int(row["flags"]) & SWAPPED),
             device=0 if self.devices is None else int(self.devices[i]),
+        )
+
+    def take(self, rows: Any) -> TensorBatch:
+        """Some of the rows, over the same memory.
+
+        Parameters
+        ----------
+        rows : slice, list or ndarray
+        """
+        return TensorBatch(
+            np.ascontiguousarray(self.views[rows]),
+            self.dims,
+            self.owners,
+            self.strides,
+            None if self.owner is None else np.ascontiguousarray(self.owner[rows]),
+            self.storages,
+            None if self.devices is None else np.ascontiguousarray(self.devices[rows]),
         )
 
     @classmethod

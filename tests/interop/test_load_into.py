@@ -190,9 +190,9 @@ def test_files_of_a_folder_are_read_in_one_pass(
     passes: list[int] = []
     read = fill._read_into
 
-    def counted(reader: Any, matches: list[Any], threads: int) -> None:
+    def counted(reader: Any, matches: list[Any], *rest: Any) -> None:
         passes.append(len(matches))
-        read(reader, matches, threads)
+        read(reader, matches, *rest)
 
     monkeypatch.setattr(fill, "_read_into", counted)
     target = {name: np.zeros_like(array) for name, array in obj.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from holdfast import _engine, publish_folder
+from holdfast import _engine, pace, publish_folder
 from holdfast.dtypes import BY_NAME
 from holdfast.layout import FolderPlan
 from holdfast.publish_folder import write_folder
@@ -289,8 +289,9 @@ def test_an_interrupt_stops_all(tmp_path: Path) -> None:
 def test_both_ways_are_tried_and_the_slower_one_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"LARGE": 1, "PROBE": 2 * MIB, "BATCH": 4 * MIB}.items():
-        monkeypatch.setattr(publish_folder, name, value)
+    monkeypatch.setattr(publish_folder, "LARGE", 1)
+    monkeypatch.setattr(pace, "PROBE", 2 * MIB)
+    monkeypatch.setattr(pace, "BATCH", 4 * MIB)
     real, ways = _engine.write, []
 
     def spy(fd: int, segments: np.ndarray, *, direct: bool | None, **how: object) -> bool:

@@ -8,6 +8,11 @@ from holdfast.adapters._columns cimport View
 cdef extern from "dlpack.h" nogil:
     const int HOLD_DLPACK_MAJOR
     const int HOLD_DLPACK_CPU
+    const int HOLD_DLPACK_CUDA
+
+    ctypedef struct hold_dl_device:
+        int32_t type
+        int32_t id
 
     ctypedef struct hold_dl_dtype:
         uint8_t code
@@ -16,7 +21,7 @@ cdef extern from "dlpack.h" nogil:
 
     ctypedef struct hold_dl_tensor:
         void *data
-        int32_t device_type
+        hold_dl_device device
         int32_t ndim
         hold_dl_dtype dtype
         int64_t *shape
@@ -44,7 +49,8 @@ cdef extern from "dlpack.h" nogil:
                          int64_t *strides, uint64_t *nbytes)
     hold_dl_block *hold_dl_block_new(size_t tensors, size_t dims)
     hold_dl_managed *hold_dl_block_add(hold_dl_block *block, hold_buffer *buffer, void *data,
-                                       hold_dl_dtype dtype, int32_t ndim, const int64_t *shape)
+                                       hold_dl_device device, hold_dl_dtype dtype, int32_t ndim,
+                                       const int64_t *shape)
     void hold_dl_block_undo(hold_dl_block *block)
     void hold_dl_block_close(hold_dl_block *block)
 
@@ -61,7 +67,7 @@ cdef class Exchange:
 
     cdef object kind(self, object tensor)
     cdef bint records(self, object tensor) except -1
-    cdef int look(self, object tensor, hold_dl_tensor *out) except -2
+    cdef int look(self, object tensor, hold_dl_tensor *out, bint anywhere=*) except -2
     cdef int wrap_block(self, View[::1] rows, const long long[::1] dims, list buffers,
                         const long long[::1] choice, list made, Py_ssize_t start) except -1
     cdef int import_managed(self, hold_dl_managed *managed, void **made) except -1

@@ -63,10 +63,17 @@ cdef inline int code_of(hold_dl_dtype dtype) noexcept:
     return code if code >= 0 and LISTED[code].lanes == dtype.lanes else -1
 
 
+cdef inline hold_dl_device place_of(Buffer buffer):
+    """Where the memory of a buffer is."""
+    cdef int code = buffer.device
+    # As views.device_of has it, which would cost a call for each tensor.
+    return hold_dl_device(code >> 16, code & 0xFFFF) if code else hold_dl_device(HOLD_DLPACK_CPU, 0)
+
+
 cdef class Columns:
     """The columns of a batch while it is described: dims and strides grow as they fill."""
 
-    cdef readonly object views, dims, strides
+    cdef readonly object views, dims, strides, devices
     cdef View[::1] rows
     cdef long long[::1] extents, steps
     cdef Py_ssize_t used
@@ -102,6 +109,10 @@ cdef class Columns:
         row.dtype = code
         row.ndim = <int16_t>tensor.ndim
         self.used += tensor.ndim
+        if tensor.device.type != HOLD_DLPACK_CPU:
+            if self.devices is None:
+                self.devices = np.zeros(len(self.views), np.int32)
+            self.devices[i] = waist.device_code(tensor.device.type, tensor.device.id)
         return 0
 
     cdef tuple finish(self):
@@ -109,6 +120,7 @@ cdef class Columns:
             self.views,
             self.dims[:self.used],
             None if self.dense else self.strides[:self.used],
+            self.devices,
         )
 
 
@@ -162,7 +174,8 @@ cdef class Exchange:
 
         Returns
         -------
-        views, dims, strides : ndarray, ndarray, ndarray or None
+        views, dims, strides, devices : ndarray, ndarray, ndarray or None, ndarray or None
+            As :class:`holdfast.views.TensorBatch` has them.
         owners : list
             `tensors`, or a copy of it with what `resolve` returned.
         kinds : dict of int to str
@@ -175,12 +188,12 @@ cdef class Exchange:
         cdef list owners = tensors
         for i in range(n):
             tensor = tensors[i]
-            code = self.look(tensor, &found)
+            code = self.look(tensor, &found, True)
             if code < 0:
                 if owners is tensors:
                     owners = list(tensors)
                 owners[i] = resolve(tensor, i)
-                code = self.look(owners[i], &found)
+                code = self.look(owners[i], &found, True)
                 if code < 0:
                     raise TypeError(f"a {type(tensor).__name__} that DLPack cannot describe")
             kind = self.kind(tensor)
@@ -200,8 +213,11 @@ cdef class Exchange:
         """Whether gradients of a tensor are recorded."""
         return self.get_requires_grad(self.requires_grad, tensor, <object>type(tensor)) is True
 
-    cdef int look(self, object tensor, hold_dl_tensor *out) except -2:
-        """Describe `tensor` if memory says all of it: the code of its dtype, or else -1."""
+    cdef int look(self, object tensor, hold_dl_tensor *out, bint anywhere=False) except -2:
+        """Describe `tensor` if memory says all of it: the code of its dtype, or else -1.
+
+        Memory of the host, or with `anywhere` also that of a CUDA device.
+        """
         cdef int code
         cdef object kind = <object>type(tensor)
         if kind is not self.tensor and kind is not self.parameter:
@@ -210,7 +226,10 @@ cdef class Exchange:
             PyErr_Clear()  # `resolve` can say better what is wrong with it
             return -1
         code = code_of(out.dtype)
-        if code < 0 or out.device_type != HOLD_DLPACK_CPU or out.ndim > MAX_NDIM:
+        if code < 0 or out.ndim > MAX_NDIM:
+            return -1
+        if out.device.type != HOLD_DLPACK_CPU and not (
+                anywhere and out.device.type == HOLD_DLPACK_CUDA):
             return -1
         # A lazy negation or conjugation is a mark on the tensor that DLPack does not see.
         if PyObject_CallOneArg(self.is_neg, tensor) is True:
@@ -306,7 +325,8 @@ cdef class Exchange:
             raise ValueError(f"{row.nbytes} bytes were given for a tensor of {nbytes}")
         managed = hold_dl_block_add(
             block, buffer.handle, <void *><uintptr_t>row.address if row.nbytes else NULL,
-            LISTED[row.dtype], row.ndim, <const int64_t *>&dims[row.dims] if row.ndim else NULL)
+            place_of(buffer), LISTED[row.dtype], row.ndim,
+            <const int64_t *>&dims[row.dims] if row.ndim else NULL)
         try:
             self.import_managed(managed, &made)
         except BaseException:

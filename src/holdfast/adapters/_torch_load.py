@@ -11,9 +11,9 @@ from torch import serialization
 
 from ..dtypes import DType
 from ..layout import QUANTIZED
-from ..views import CONJUGATE, NEGATIVE, dense_strides
+from ..views import CONJUGATE, CUDA, NEGATIVE, dense_strides, device_code
 
-__all__ = ["bare", "dataless", "plain_cpu", "relocates", "restore", "typed", "view"]
+__all__ = ["bare", "dataless", "destination", "plain_cpu", "relocates", "restore", "typed", "view"]
 
 Restore = Callable[[Any, str], Any]
 
@@ -97,6 +97,29 @@ def typed(handle: Any, dtype: torch.dtype | None, code: int, part: tuple[int, in
         handle = handle[part[0] * size : (part[0] + part[1]) * size]
     make: Any = torch.storage.TypedStorage
     return make(wrap_storage=handle, dtype=dtype, _internal=True)
+
+
+def destination(location: Any) -> int:
+    """The code of the CUDA device that ``map_location`` names; 0 for all else.
+
+    What PyTorch cannot have, a device without a driver say, is left to it to refuse.
+    """
+    if isinstance(location, bytes):
+        location = location.decode("ascii", "replace")
+    if isinstance(location, int) and not isinstance(location, bool):
+        location = f"cuda:{location}"
+    if not isinstance(location, str | torch.device) or not str(location).startswith("cuda"):
+        return 0
+    if torch.version.hip is not None or not torch.cuda.is_available() or not plain_cpu():
+        return 0
+    try:
+        device = torch.device(location)
+    except RuntimeError:
+        return 0
+    number = torch.cuda.current_device() if device.index is None else device.index
+    if device.type != "cuda" or not 0 <= number < torch.cuda.device_count():
+        return 0
+    return device_code(CUDA, number)
 
 
 def dataless(location: Any) -> bool:

@@ -6,10 +6,11 @@ import importlib
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..dtypes import BY_NAME, BY_TORCH, DTYPES
-from ..views import TensorBatch
+from ..views import CUDA, TensorBatch, device_code
 from ._dlpack import Exchange
 from ._torch_place import Places
 
@@ -94,13 +95,21 @@ class TorchStorages(Places):
         return (*pid, None) if self._legacy else pid
 
     def batch(self) -> TensorBatch:
-        """The storages so far, in the order of their keys; those of devices copied to the host."""
+        """The storages so far, in the order of their keys.
+
+        Those of devices whose memory only PyTorch can copy are copied to the host.
+        """
         views, dims = self.columns()
         owners = list(self.storages)
+        devices = np.zeros(len(owners), np.int32)
         for row in self._devices:
+            device = owners[row].device
+            if device.type == "cuda" and torch.version.hip is None:
+                devices[row] = device_code(CUDA, device.index)
+                continue
             owners[row] = owners[row].cpu()
             views["address"][row] = owners[row].data_ptr()
-        return TensorBatch(views, dims, owners)
+        return TensorBatch(views, dims, owners, devices=devices if devices.any() else None)
 
     def _module_class(self, cls: type) -> tuple[Any, ...] | None:
         """A class with its source, the first time: a reader may compare it with what it has."""

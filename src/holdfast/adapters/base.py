@@ -163,6 +163,21 @@ class Adapter(Protocol):
         """Whether storages saved at `locations` have to be moved for ``map_location``."""
         ...
 
+    def destination(self, location: Any) -> int:
+        """The device on whose memory tensors can be made, if that is what ``map_location`` names.
+
+        Parameters
+        ----------
+        location : object
+
+        Returns
+        -------
+        int
+            :func:`holdfast.views.device_code` of it; 0 for the memory of the host, and for whatever
+            :meth:`place` has to bring there.
+        """
+        ...
+
     def dataless(self, location: Any) -> bool:
         """Whether ``map_location`` wants tensors that have no elements, so that none are read."""
         ...

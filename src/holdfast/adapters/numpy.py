@@ -255,6 +255,10 @@ class NumpyAdapter:
         self.place(None, location)
         return False
 
+    def destination(self, location: Any) -> int:  # noqa: ARG002
+        """0. See :meth:`Adapter.destination`."""
+        return 0
+
     def dataless(self, location: Any) -> bool:  # noqa: ARG002
         """False: arrays have elements."""
         return False

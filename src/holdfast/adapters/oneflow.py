@@ -139,6 +139,10 @@ class OneFlowAdapter:
         """Whether `location` says anything: by itself all stays in the memory of the host."""
         return location is not None and str(location).partition(":")[0] != "cpu"
 
+    def destination(self, location: Any) -> int:  # noqa: ARG002
+        """0. See :meth:`Adapter.destination`."""
+        return 0
+
     def dataless(self, location: Any) -> bool:  # noqa: ARG002
         """False: tensors have elements."""
         return False

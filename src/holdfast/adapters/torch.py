@@ -1,4 +1,4 @@
-"""PyTorch tensors in host memory, and the values that are saved beside them.
+"""PyTorch tensors, and the values that are saved beside them.
 
 PyTorch 2.10 and newer describe and make tensors through the DLPack C exchange API
 (:mod:`holdfast.adapters._dlpack`); older ones through Python calls, more slowly.
@@ -16,7 +16,7 @@ import torch
 
 from ..dtypes import BY_TORCH, DTYPES, DType
 from ..tree import Codec
-from ..views import DENSE, VIEW, TensorBatch
+from ..views import CUDA, DENSE, VIEW, TensorBatch, device_code
 from . import _torch_load
 from ._dlpack import Exchange
 from ._torch_storages import AskedStorages, TorchStorages
@@ -65,14 +65,15 @@ class TorchAdapter:
     ) -> tuple[TensorBatch, dict[int, str]]:
         """Columns of tensors. See :meth:`Adapter.describe`.
 
-        Copied are only tensors whose negation or conjugation is still to be done.
+        Copied are only tensors whose negation or conjugation is still to be done, and those of
+        devices whose memory only PyTorch can copy.
         """
         if self._exchange is None:
             return _describe(tensors, names)
-        views, dims, strides, owners, kinds = self._exchange.describe(
+        views, dims, strides, devices, owners, kinds = self._exchange.describe(
             tensors, lambda tensor, i: _plain(tensor, names[i])
         )
-        return TensorBatch(views, dims, owners, strides), kinds
+        return TensorBatch(views, dims, owners, strides, devices=devices), kinds
 
     def storages(self, *, legacy: bool = False) -> TorchStorages:
         """A new collection of storages. See :meth:`Adapter.storages`."""
@@ -96,6 +97,10 @@ class TorchAdapter:
         """Whether storages have to be moved. See :meth:`Adapter.relocates`."""
         return _torch_load.relocates(locations, location)
 
+    def destination(self, location: Any) -> int:
+        """The code of a CUDA device. See :meth:`Adapter.destination`."""
+        return 0 if self._exchange is None else _torch_load.destination(location)
+
     def dataless(self, location: Any) -> bool:
         """Whether tensors go to the device ``"meta"``, or a mode is on that makes all fakes."""
         return _torch_load.dataless(location)
@@ -114,8 +119,8 @@ class TorchAdapter:
         storages = [tensor.untyped_storage() for tensor in self.wrap(batch, {})]
         if not _torch_load.relocates(locations, location):
             return storages
-        return [
-            _torch_load.restore(storage, tag, location)
+        return [  # those of devices were read to where they are wanted
+            _torch_load.restore(storage, tag, location) if storage.device.type == "cpu" else storage
             for storage, tag in zip(storages, locations, strict=True)
         ]
 
@@ -224,9 +229,16 @@ def _plain(tensor: Any, name: str) -> Any:
     why = _why_not(tensor)
     if why:
         raise refusal(name, why)
+    if not _in_reach(tensor):
+        tensor = tensor.detach().cpu()
     if tensor.is_neg() or tensor.is_conj():
         return tensor.detach().resolve_conj().resolve_neg()
     return tensor
+
+
+def _in_reach(tensor: torch.Tensor) -> bool:
+    """Whether the memory of a tensor can be copied from by others than PyTorch."""
+    return tensor.is_cpu or (tensor.is_cuda and torch.version.hip is None)
 
 
 def _why_no_subclass(tensor: Any) -> str:
@@ -249,13 +261,11 @@ def _why_not(tensor: torch.Tensor) -> str | None:
         return "a quantized tensor; save x.int_repr(), its scale and its zero point"
     if tensor.device.type == "meta":
         return "a tensor on the meta device has no values"
-    if tensor.device.type != "cpu":
-        return f"on {tensor.device}; save x.cpu()"
     if tensor.dtype not in _ROWS:
         return f"dtype {tensor.dtype} is not one that can be saved; save x.view(torch.uint8)"
     if tensor.dim() > _MAX_NDIM:
         return f"{tensor.dim()} dimensions, more than {_MAX_NDIM}"
-    if not _has_memory(tensor):
+    if _in_reach(tensor) and not _has_memory(tensor):
         return "it has no memory of its own (freed storage, or inside a function transform)"
     return None
 
@@ -272,7 +282,7 @@ def _ready(tensor: Any) -> bool:
     return (
         type(tensor) in TorchAdapter.plain_types
         and tensor.dtype in _ROWS
-        and tensor.is_cpu
+        and _in_reach(tensor)
         and tensor.layout is torch.strided
         and not (tensor.is_neg() or tensor.is_conj() or tensor.is_nested)
         and tensor.dim() <= _MAX_NDIM
@@ -293,6 +303,7 @@ def _describe(tensors: list[Any], names: Sequence[str]) -> tuple[TensorBatch, di
     dims: list[int] = []
     strides: list[int] = []
     owners = list(tensors)
+    devices: list[int] = []
     kinds: dict[int, str] = {}
     for i, tensor in enumerate(tensors):
         kind = _kind(tensor) if type(tensor) in TorchAdapter.plain_types else None
@@ -309,6 +320,7 @@ def _describe(tensors: list[Any], names: Sequence[str]) -> tuple[TensorBatch, di
         )
         dims.extend(shape)
         strides.extend([step * size for step in tensor.stride()])
+        devices.append(device_code(CUDA, tensor.get_device()) if tensor.is_cuda else 0)
     views = np.array(rows, VIEW)
     every_dense = bool((views["flags"] & DENSE).all())
     batch = TensorBatch(
@@ -316,6 +328,7 @@ def _describe(tensors: list[Any], names: Sequence[str]) -> tuple[TensorBatch, di
         np.array(dims, np.int64),
         owners,
         None if every_dense else np.array(strides, np.int64),
+        devices=np.array(devices, np.int32) if any(devices) else None,
     )
     return batch, kinds
 
