@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import _engine
 from .layout import SEGMENT, FolderPlan
-from .pace import Pace
 from .progress import ProgressArgument, reporting
 from .publish import LARGE, RELEASE
 from .source import path_text
@@ -211,51 +211,75 @@ class _Writer:
         workers = self.threads or DIRECT_WORKERS
         # One that would keep a single worker busy when the others are through is all of theirs.
         alone = int(np.count_nonzero(nbytes > total // workers)) if workers > 1 else 0
-        # As for a single file (publish.py): past the page cache where that is likely to pay.
-        direct = True if durable else None if total >= LARGE else False
-        for row in rows[:alone].tolist():
-            self.write_one(row, self.threads, direct, self.so_far.part())
-            self.so_far.before += int(self.batch.views["nbytes"][row])
-        rest = rows[alone:].tolist()
-        if direct is None:
-            self.write_faster(rest)
+        if durable:
+            ways = [True] * (self.threads or DIRECT_WORKERS)
+        elif total < LARGE:
+            ways = [False] * (self.threads or BUFFERED_WORKERS)
         else:
-            self.write_side_by_side(rest, direct)
+            few = min(BUFFERED_WORKERS, self.threads - 1) if self.threads else BUFFERED_WORKERS
+            ways = [True] * ((self.threads or DIRECT_WORKERS + few) - few) + [False] * few
+        self.write_side_by_side(rows[:alone].tolist(), rows[alone:].tolist(), ways)
 
-    def write_faster(self, rows: list[int]) -> None:
-        """Write rows in whichever way is faster, through the page cache or past it.
+    def write_side_by_side(self, alone: list[int], rows: list[int], ways: list[bool]) -> None:
+        """Write rows from several threads at once, each file by one of them.
 
-        That changes from minute to minute, so both are tried, and the slower one is left.
+        Parameters
+        ----------
+        alone : list of int
+            Rows that come first, each by as many threads as there are.
+        rows : list of int
+            The others, the largest first.
+        ways : list of bool
+            For each thread, whether it writes past the page cache. That is as fast as the device,
+            always; through the cache as fast as the kernel finds pages, which changes from minute
+            to minute. Where there are threads of both kinds, both are busy at once: those take the
+            largest file that is left, the others the smallest, for as long as it is likely to be
+            done before the rest is (docs/decisions/0011).
         """
-        pace, at = Pace(None), 0
-        while at < len(rows):
-            moved, stop = 0, at
-            while stop < len(rows) and moved < pace.due:
-                moved += int(self.batch.views["nbytes"][rows[stop]])
-                stop += 1
-            begun = time.perf_counter()
-            self.write_side_by_side(rows[at:stop], pace.direct)
-            pace.saw(moved, time.perf_counter() - begun)
-            at = stop
-
-    def write_side_by_side(self, rows: list[int], direct: bool) -> None:
-        """Write rows from several threads at once, each file by one of them."""
-        workers = self.threads or (DIRECT_WORKERS if direct else BUFFERED_WORKERS)
-        workers = min(workers, len(rows))
-        waiting = rows[::-1]
-        moved = [0] * max(1, workers)
+        sizes = self.batch.views["nbytes"]
+        total = int(sizes[alone].sum()) + int(sizes[rows].sum())
+        ways = ways[: max(1, len(rows) + bool(alone))]
+        waiting = deque(rows)
+        moved = [0] * len(ways)
         failures: list[BaseException] = []
+        cleared = threading.Event()
+
+        def next_row(rank: int) -> int | None:
+            try:
+                if ways[rank] or True not in ways:
+                    return waiting.popleft()
+                # Bytes so far, in the same time: those that go past the cache bound the rest.
+                own, past = moved[rank], sum(compress(moved, ways))
+                if int(sizes[waiting[-1]]) * past > own * (total - sum(moved)) and own:
+                    return None
+                return waiting.pop()
+            except IndexError:  # another took the last one
+                return None
 
         def work(rank: int) -> None:
             report = self.so_far.part() if rank == 0 else None
             try:
-                while waiting and not failures:
-                    with suppress(IndexError):  # another took the last one
-                        row, before = waiting.pop(), moved[rank]
-                        self.write_one(row, 1, direct, partial(count, rank, before, report))
-                        moved[rank] = before + int(self.batch.views["nbytes"][row])
+                if rank == 0:
+                    for row in alone:
+                        before = moved[0]
+                        counted = partial(count, 0, before, report)
+                        self.write_one(row, self.threads, ways[0], counted)
+                        moved[0] = before + int(sizes[row])
+                    cleared.set()
+                elif ways[rank] == ways[0]:
+                    cleared.wait()
+                while not failures:
+                    row = next_row(rank)
+                    if row is None:
+                        break
+                    before = moved[rank]
+                    self.write_one(row, 1, ways[rank], partial(count, rank, before, report))
+                    moved[rank] = before + int(sizes[row])
             except BaseException as error:
                 failures.append(error)
+            finally:
+                if rank == 0:
+                    cleared.set()
 
         def count(rank: int, before: int, report: Report, done: int) -> None:
             moved[rank] = before + done
@@ -264,7 +288,7 @@ class _Writer:
             if report is not None:
                 report(sum(moved))
 
-        crew = [threading.Thread(target=work, args=(rank,)) for rank in range(1, workers)]
+        crew = [threading.Thread(target=work, args=(rank,)) for rank in range(1, len(ways))]
         started = []
         try:
             for thread in crew:
@@ -281,7 +305,7 @@ class _Writer:
                     failures.append(error)
         if failures:
             raise failures[0]
-        self.so_far.before += sum(moved)
+        self.so_far.before += total
 
     def write_staged(self, rows: np.ndarray, durable: bool, settings: Staging | None) -> None:
         """Write rows that are in the memory of devices, as they come to the host.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from holdfast import _engine, pace, publish_folder
+from holdfast import _engine, publish_folder
 from holdfast.dtypes import BY_NAME
 from holdfast.layout import FolderPlan
 from holdfast.publish_folder import write_folder
@@ -286,26 +288,58 @@ def test_an_interrupt_stops_all(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_both_ways_are_tried_and_the_slower_one_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("slow", [False, True, None])
+def test_both_ways_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool | None
 ) -> None:
+    """Past the page cache the large ones, through it small ones, while that is not in the way."""
     monkeypatch.setattr(publish_folder, "LARGE", 1)
-    monkeypatch.setattr(pace, "PROBE", 2 * MIB)
-    monkeypatch.setattr(pace, "BATCH", 4 * MIB)
-    real, ways = _engine.write, []
+    real = _engine.write
+    written: list[tuple[bool, int]] = []
 
-    def spy(fd: int, segments: np.ndarray, *, direct: bool | None, **how: object) -> bool:
-        ways.append(direct)
+    def spy(fd: int, segments: np.ndarray, *, direct: bool, **how: object) -> bool:
+        if direct is slow:
+            time.sleep(0.05)
+        written.append((direct, int(segments["nbytes"].sum())))
         return real(fd, segments, direct=direct, **how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(publish_folder._engine, "write", spy)
-    new = {f"t{i}": np.full(MIB + 8 * i + 8, i, "u1") for i in range(20)}
+    new = {f"t{i}": np.full(MIB + 8 * i + 8, i, "u1") for i in range(40)}
+    new["alone"] = np.zeros(16 * MIB, "u1")
 
-    save(tmp_path / "model", new, threads=1)
+    save(tmp_path / "model", new)
 
     check(tmp_path / "model", new)
-    assert ways[:4] == [False, False, True, True]
-    assert len(ways) == 20
+    through, past = ([size for way, size in written if way is kind] for kind in (False, True))
+    assert len(through) + len(past) == 41
+    assert max(past) == 16 * MIB
+    if slow is not None:
+        assert through
+    if slow is False:  # each of the two threads learns it from the first that it writes
+        assert len(through) <= 4
+        assert max(through) < MIB + 8 * 20
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_no_more_threads_than_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(publish_folder, "LARGE", 1)
+    real, seen = _engine.write, set()
+
+    def spy(*args: object, threads: int, **how: object) -> bool:
+        assert threads <= asked
+        seen.add(threading.get_ident())
+        return real(*args, threads=threads, **how)  # type: ignore[arg-type]
+
+    asked = threads
+    monkeypatch.setattr(publish_folder._engine, "write", spy)
+    new = {f"t{i}": np.full(MIB + 8 * i + 8, i, "u1") for i in range(12)}
+
+    save(tmp_path / "model", new, threads=threads)
+
+    check(tmp_path / "model", new)
+    assert len(seen) <= threads
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EINTR, 0])
