@@ -340,3 +340,34 @@ def test_values_come_back(value: Any) -> None:
 def test_hostile_values_are_refused(tag: str, value: Any) -> None:
     with pytest.raises(ValueError, match=r"."):
         CODECS[tag].decode(value)
+
+
+class TestDestination:
+    """Which device a load brings the bytes to, where PyTorch has two of CUDA."""
+
+    @pytest.fixture(autouse=True)
+    def _cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+    def test_devices_of_cuda(self) -> None:
+        adapter = TorchAdapter()
+        if adapter._exchange is None:
+            pytest.skip("this PyTorch has no exchange API")
+        for location, number in (
+            ("cuda", 1), ("cuda:0", 0), ("cuda:1", 1), (torch.device("cuda"), 1),
+            (torch.device("cuda", 0), 0), (0, 0),
+        ):  # fmt: skip
+            assert adapter.destination(location) == (2 << 16) + number, location
+        for location in ("cuda:2", 2, None, "cpu", "meta", "cuda:x", {"cpu": "cuda"}, True):
+            assert adapter.destination(location) == 0, location
+
+    def test_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert TorchAdapter(exchange=False).destination("cuda:0") == 0
+        adapter = TorchAdapter()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.version, "hip", "6.0")
+            assert adapter.destination("cuda:0") == 0
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert adapter.destination("cuda:0") == 0

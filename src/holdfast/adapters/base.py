@@ -9,7 +9,7 @@ import numpy as np
 
 from ..dtypes import DTYPES, DType
 from ..tree import Codec
-from ..views import TensorBatch
+from ..views import TensorBatch, TensorView
 
 __all__ = [
     "PARAMETER",
@@ -20,6 +20,8 @@ __all__ = [
     "Storages",
     "dtypes_of",
     "refusal",
+    "rows_of",
+    "vet_row",
 ]
 
 #: Flag of :data:`Placed`: gradients of the tensor are recorded.
@@ -102,7 +104,7 @@ class Adapter(Protocol):
     def describe(
         self, tensors: list[Any], names: Sequence[str]
     ) -> tuple[TensorBatch, dict[int, str]]:
-        """Columns of tensors in host memory. Nothing is copied that strides can say.
+        """Columns of tensors, wherever their memory is. Nothing is copied that strides can say.
 
         Parameters
         ----------
@@ -115,6 +117,8 @@ class Adapter(Protocol):
         -------
         batch : TensorBatch
             ``batch.owners[i]`` is ``tensors[i]`` itself, or the copy that had to be made of it.
+            ``batch.devices`` says of memory that is not the host's where it is; nothing waits for
+            what its device may still be computing, unless the framework has no stream to wait for.
         kinds : dict of int to str
             Of the rows that a plain tensor of the framework does not say all of.
 
@@ -136,19 +140,21 @@ class Adapter(Protocol):
         ...
 
     def wrap(self, batch: TensorBatch, kinds: Mapping[int, str]) -> list[Any]:
-        """Tensors over the memory of a batch; nothing is copied.
+        """Tensors over the memory of a batch; nothing is copied that the framework can share.
 
         Parameters
         ----------
         batch : TensorBatch
-            Of dense rows in native byte order, owned by :class:`holdfast._buffer.Buffer` objects.
+            Of dense rows in native byte order, owned by :class:`holdfast._buffer.Buffer` objects,
+            each of which says on which device it is.
         kinds : mapping of int to str
             As ``describe`` returned them; those that mean nothing here make plain tensors.
 
         Returns
         -------
         list
-            Writable, one for each row, each keeping its buffer alive.
+            One for each row, each keeping its buffer alive; writable where the framework has such
+            tensors.
 
         Raises
         ------
@@ -161,21 +167,6 @@ class Adapter(Protocol):
 
     def relocates(self, locations: Sequence[str], location: Any) -> bool:
         """Whether storages saved at `locations` have to be moved for ``map_location``."""
-        ...
-
-    def destination(self, location: Any) -> int:
-        """The device on whose memory tensors can be made, if that is what ``map_location`` names.
-
-        Parameters
-        ----------
-        location : object
-
-        Returns
-        -------
-        int
-            :func:`holdfast.views.device_code` of it; 0 for the memory of the host, and for whatever
-            :meth:`place` has to bring there.
-        """
         ...
 
     def dataless(self, location: Any) -> bool:
@@ -250,6 +241,25 @@ class Adapter(Protocol):
         """
         ...
 
+    def destination(self, location: Any) -> int:
+        """The device whose memory a load should bring the bytes to, before they are wrapped.
+
+        Parameters
+        ----------
+        location : object
+            ``map_location``. Only one that plainly names a device has a destination: its name, an
+            object of the framework or, where the framework takes it, a number; and None where the
+            framework has a device of its own choice.
+
+        Returns
+        -------
+        int
+            A code of :func:`holdfast.views.device_code`, of a device that is there and whose memory
+            :meth:`wrap` makes tensors of. 0 for the host, and for all that :meth:`place` has to see
+            to: other devices, dicts, functions, and what is wrong.
+        """
+        ...
+
     def place(self, tensor: Any, location: Any) -> Any:
         """`tensor` where ``map_location`` wants it; the same object where it is there already."""
         ...
@@ -278,6 +288,25 @@ class Adapter(Protocol):
 def dtypes_of(batch: TensorBatch) -> list[DType]:
     """The element types that occur in a batch."""
     return [DTYPES[code] for code in np.flatnonzero(np.bincount(batch.views["dtype"])).tolist()]
+
+
+def rows_of(batch: TensorBatch, which: Sequence[int]) -> TensorBatch:
+    """Some rows of a batch that is to be wrapped."""
+    if len(which) == len(batch):
+        return batch
+    owner = None if batch.owner is None else np.ascontiguousarray(batch.owner[which])
+    views = np.ascontiguousarray(batch.views[which])
+    return TensorBatch(views, batch.dims, batch.owners, owner=owner)
+
+
+def vet_row(view: TensorView, nbytes: int) -> None:
+    """Raise ValueError unless `nbytes` are those of a row, and lie in its Buffer."""
+    buffer: Any = view.owner
+    if nbytes != view.nbytes:
+        raise ValueError(f"{nbytes} bytes were given for a tensor of {view.nbytes}")
+    start = view.address - buffer.address
+    if nbytes and not 0 <= start <= len(buffer) - nbytes:
+        raise ValueError(f"{nbytes} bytes at {view.address:#x} lie outside of their buffer")
 
 
 def refusal(name: str, why: str) -> TypeError:

@@ -242,7 +242,7 @@ class NumpyAdapter:
         """Arrays over the memory of a batch. See :meth:`Adapter.wrap`."""
         descrs: list[Any] = [None] * len(DTYPES)
         for row in dtypes_of(batch):
-            descrs[row.code] = self._descr(row)
+            descrs[row.code] = self.dtype_of(row)
         arrays = _numpy.wrap(batch.views, batch.dims, list(batch.owners), batch.owner, descrs)
         for i, kind in kinds.items():
             text = _dtype_text(kind)
@@ -254,10 +254,6 @@ class NumpyAdapter:
         """False: arrays are in host memory, whatever device their bytes came from."""
         self.place(None, location)
         return False
-
-    def destination(self, location: Any) -> int:  # noqa: ARG002
-        """0. See :meth:`Adapter.destination`."""
-        return 0
 
     def dataless(self, location: Any) -> bool:  # noqa: ARG002
         """False: arrays have elements."""
@@ -292,7 +288,7 @@ class NumpyAdapter:
 
         One whose elements share memory among themselves (expanded) is read-only.
         """
-        descr = self._descr(dtype)
+        descr = self.dtype_of(dtype)
         text = _dtype_text(kind)
         if 0 in shape:
             empty = np.empty(shape, descr)
@@ -307,14 +303,24 @@ class NumpyAdapter:
 
     def storage(self, handle: Any, code: int, part: tuple[int, int] | None = None) -> Any:
         """A flat array; of quantized elements, their bytes. See :meth:`Adapter.storage`."""
-        found = handle if code < 0 else handle.view(self._descr(DTYPES[code]))
+        found = handle if code < 0 else handle.view(self.dtype_of(DTYPES[code]))
         return found if part is None else found[part[0] : part[0] + part[1]]
 
-    def _descr(self, row: DType) -> np.dtype[Any]:
-        """The dtype of a row of the table."""
+    def dtype_of(self, row: DType) -> np.dtype[Any]:
+        """The dtype of a row of the table.
+
+        Raises
+        ------
+        TypeError
+            NumPy has no such type, or has it of ``ml_dtypes``, which is not installed.
+        """
         if row.numpy is None:
             raise TypeError(f"{row.name}: NumPy has no such type")
         return _ml_dtype(row.numpy) if row.ml_dtypes else np.dtype(row.name)
+
+    def destination(self, location: Any) -> int:  # noqa: ARG002
+        """0: arrays are in host memory."""
+        return 0
 
     def place(self, tensor: Any, location: Any) -> Any:
         """`tensor` itself: arrays are in host memory."""

@@ -139,10 +139,6 @@ class OneFlowAdapter:
         """Whether `location` says anything: by itself all stays in the memory of the host."""
         return location is not None and str(location).partition(":")[0] != "cpu"
 
-    def destination(self, location: Any) -> int:  # noqa: ARG002
-        """0. See :meth:`Adapter.destination`."""
-        return 0
-
     def dataless(self, location: Any) -> bool:  # noqa: ARG002
         """False: tensors have elements."""
         return False
@@ -190,6 +186,10 @@ class OneFlowAdapter:
         count = held.nbytes // row.itemsize
         made = self.view((held, location), row, 0, (count,), None, 0, "")
         return made if part is None else made[part[0] : part[0] + part[1]]
+
+    def destination(self, location: Any) -> int:  # noqa: ARG002
+        """0: OneFlow makes tensors over memory of the host alone."""
+        return 0
 
     def place(self, tensor: Any, location: Any) -> Any:
         """`tensor` where ``map_location`` of ``oneflow.load`` would have it.

@@ -97,10 +97,6 @@ class TorchAdapter:
         """Whether storages have to be moved. See :meth:`Adapter.relocates`."""
         return _torch_load.relocates(locations, location)
 
-    def destination(self, location: Any) -> int:
-        """The code of a CUDA device. See :meth:`Adapter.destination`."""
-        return 0 if self._exchange is None else _torch_load.destination(location)
-
     def dataless(self, location: Any) -> bool:
         """Whether tensors go to the device ``"meta"``, or a mode is on that makes all fakes."""
         return _torch_load.dataless(location)
@@ -147,6 +143,13 @@ class TorchAdapter:
     def storage(self, handle: Any, code: int, part: tuple[int, int] | None = None) -> Any:
         """A typed storage. See :meth:`Adapter.storage`."""
         return _torch_load.typed(handle, _DTYPES.get(code), code, part)
+
+    def destination(self, location: Any) -> int:
+        """The code of a CUDA device, where the exchange API makes tensors over its memory.
+
+        A device that PyTorch has not got is 0: `place` raises PyTorch's own error for it.
+        """
+        return 0 if self._exchange is None else _torch_load.destination(location)
 
     def place(self, tensor: Any, location: Any) -> Any:
         """`tensor` where ``map_location`` of ``torch.load`` would have it.
