@@ -311,6 +311,9 @@ def _resolve(text: str | None, own: Adapter, forced: bool) -> tuple[Adapter, str
     framework, kind = split_kind(text)
     if framework == own.name:
         return own, kind
+    # NumPy has the dtypes of all those whose arrays are like its own.
+    if opaque(text) and (own.name == "numpy" or not adapters.available(framework)):
+        return adapters.by_name("numpy"), kind
     # Elements of a dtype that only the other framework has cannot be said otherwise.
     if adapters.available(framework) and (opaque(text) or not forced):
         return adapters.by_name(framework), kind

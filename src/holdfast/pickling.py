@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -30,6 +30,8 @@ _TOLD = (
 )  # fmt: skip
 
 #: Subclasses of arrays that are written as the arrays that they are.
+#: Frameworks whose arrays become tensors of torch's files where there are no tensors.
+_ARRAYS_TOO = ("jax", "cupy")
 _ARRAYS: frozenset[type] = frozenset({np.ndarray, np.memmap, np.matrix})
 
 
@@ -53,6 +55,10 @@ class Pickle:
     keys: list[str]
     batch: TensorBatch
     framework: str | None
+
+
+class _StrangerError(Exception):
+    """An array of a framework, named by the message, whose tensors are not looked for."""
 
 
 def pickle_object(
@@ -105,14 +111,22 @@ def pickle_object(
         raise ValueError(f"framework={framework!r}: expected 'torch' or None")
     known = adapters.loaded() if framework is None else [adapters.by_name(framework)]
     names = {adapter.name for adapter in known}
-    first = next((name for name in ("torch", "oneflow") if name in names), None)
+    first = next((name for name in ("torch", "oneflow", *_ARRAYS_TOO) if name in names), None)
     if pickle_module not in (None, pickle) or protocol != 2:
         module = pickle if pickle_module is None else pickle_module
         return _with_module(obj, module, protocol, "torch" in names, legacy)
+    strangers = {kind: adapter.name for adapter in known for kind in adapter.plain_types
+                 if adapter.name in _ARRAYS_TOO and adapter.name != first}  # fmt: skip
+    if not strangers:
+        return _emit_mixed(obj, first, "numpy" in names, legacy)
     try:
-        return _emit(obj, first, "numpy" in names, legacy)
-    except MixedError:
-        return _emit(obj, first, False, legacy)
+        return _emit_mixed(obj, first, "numpy" in names, legacy, strangers)
+    except _StrangerError as error:
+        # Its tensors are those of the other framework then; together they are refused.
+        first = str(error)
+    strangers = {kind: adapter.name for adapter in known for kind in adapter.plain_types
+                 if adapter.name not in ("numpy", first)}  # fmt: skip
+    return _emit_mixed(obj, first, "numpy" in names, legacy, strangers, last=True)
 
 
 def pickle_around(
@@ -129,9 +143,37 @@ def pickle_around(
     return _joined(_dump(emitter, obj), storages)
 
 
-def _emit(obj: Any, framework: str | None, numpy: bool, legacy: bool) -> Pickle:
-    """Pickle with the emitter, looking for these tensors."""
+def _emit_mixed(
+    obj: Any,
+    framework: str | None,
+    numpy: bool,
+    legacy: bool,
+    strangers: Mapping[type, str] | None = None,
+    last: bool = False,
+) -> Pickle:
+    """Pickle, with NumPy's arrays as tensors only where there are no others."""
+    try:
+        return _emit(obj, framework, numpy, legacy, strangers, last)
+    except MixedError:
+        return _emit(obj, framework, False, legacy, strangers, last)
+
+
+def _emit(
+    obj: Any,
+    framework: str | None,
+    numpy: bool,
+    legacy: bool,
+    strangers: Mapping[type, str] | None,
+    last: bool,
+) -> Pickle:
+    """Pickle with the emitter, looking for these tensors.
+
+    Arrays of `strangers`, types by the names of their frameworks, are refused, the `last` time for
+    good: what their own pickles would say of them no safe reader takes.
+    """
     first, types = _storages(framework, legacy)
+    if first is not None and strangers:
+        _guard(first, strangers, last)
     second, _ = _storages("numpy" if numpy else None, legacy)
     emitter = Emitter(first, types, second, _ARRAYS if numpy else frozenset(), legacy)
     # Of the thousands of objects that are made for many tensors, none is garbage yet: collections
@@ -168,6 +210,24 @@ def telling(steps: list[Any], first: int = 0) -> Iterator[None]:
         if type(error) not in _TOLD:
             raise
         raise type(error)(f"{_path(steps[first:])}: {error}") from error
+
+
+def _guard(storages: Storages, strangers: Mapping[type, str], last: bool) -> None:
+    """Have `storages` refuse objects of these types, which nobody else looks at."""
+    persistent = storages.persistent
+
+    def guarded(obj: Any) -> tuple[Any, ...] | None:
+        name = strangers.get(type(obj))
+        if name is None:
+            return persistent(obj)
+        if last:
+            raise TypeError(
+                f"a tensor of {name} beside those of {storages.name}: a file of torch holds those "
+                "of one framework; save them to a .safetensors file"
+            )
+        raise _StrangerError(name)
+
+    storages.persistent = guarded  # type: ignore[method-assign]
 
 
 def _storages(framework: str | None, legacy: bool) -> tuple[Storages | None, frozenset[type]]:

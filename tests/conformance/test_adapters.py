@@ -25,7 +25,9 @@ SHAPES: list[tuple[int, ...]] = [
 ]  # fmt: skip
 
 
-def batch_of(rows: Sequence[tuple[str, tuple[int, ...]]], apart: bool = False) -> TensorBatch:
+def batch_of(
+    rows: Sequence[tuple[str, tuple[int, ...]]], apart: bool = False, align: int = 16
+) -> TensorBatch:
     """Random bytes as a batch: of one buffer, or of one for each row, in reverse order."""
     views, dims = np.zeros(len(rows), VIEW), []
     offset = 0
@@ -33,7 +35,7 @@ def batch_of(rows: Sequence[tuple[str, tuple[int, ...]]], apart: bool = False) -
         nbytes = BY_NAME[name].nbytes(shape)
         views[i] = (offset, nbytes, len(dims), BY_NAME[name].code, len(shape), DENSE)
         dims.extend(shape)
-        offset += -(-nbytes // 16) * 16
+        offset += -(-nbytes // align) * align
     owner = None
     if apart:
         buffers = [_engine.allocate(int(n)) for n in views["nbytes"]][::-1]
@@ -63,6 +65,7 @@ class AdapterSuite:
     adapter: Adapter
     column: str  # of the dtype table
     fewest: int = 14  # element types that it has at least
+    fewest_kinds: int = 3  # that `kinds` gives at least
 
     # -- in the framework's own terms
 
@@ -101,6 +104,23 @@ class AdapterSuite:
         """Whether two tensors are equal in every respect."""
         raise NotImplementedError
 
+    # -- where its memory is
+
+    def batch(self, rows: Sequence[tuple[str, tuple[int, ...]]], apart: bool = False) -> Any:
+        """What `batch_of` gives, in memory that tensors can be made over."""
+        return batch_of(rows, apart)
+
+    def stored(self, batch: TensorBatch, i: int) -> bytes:
+        """What the buffer of a row holds there."""
+        return stored_bytes(batch, i)
+
+    def peek(self, address: int, nbytes: int) -> bytes:
+        return ctypes.string_at(address, nbytes)
+
+    def live(self) -> int:
+        """How many buffers there are, after the framework has let go of what nobody has."""
+        return _engine.live_buffers()
+
     # -- describe
 
     def described(self, tensor: Any) -> tuple[Any, dict[int, str]]:
@@ -134,7 +154,7 @@ class AdapterSuite:
             got = bytearray()
             for index in itertools.product(*map(range, view.shape)):
                 at = view.address + sum(i * s for i, s in zip(index, view.strides, strict=True))
-                got += ctypes.string_at(at, 4)
+                got += self.peek(at, 4)
             assert bytes(got) == self.data(tensor), name
             assert not kinds
 
@@ -153,7 +173,7 @@ class AdapterSuite:
     def test_an_empty_list(self) -> None:
         batch, kinds = self.adapter.describe([], [])
         assert (len(batch), len(batch.dims), batch.strides, kinds) == (0, 0, None, {})
-        assert self.adapter.wrap(batch_of([]), {}) == []
+        assert self.adapter.wrap(self.batch([]), {}) == []
 
     def test_more_dimensions_than_a_guess_holds(self) -> None:
         tensors = [self.make(np.zeros((1,) * 20, np.int32)) for _ in range(300)]
@@ -181,7 +201,7 @@ class AdapterSuite:
         assert len(have) >= self.fewest
         rows = [(row.name, shape) for row in have for shape in SHAPES]
         for apart in (False, True):
-            batch = batch_of(rows, apart)
+            batch = self.batch(rows, apart)
             tensors = self.adapter.wrap(batch, {})
             again, kinds = self.adapter.describe(tensors, [str(row) for row in rows])
             assert not kinds
@@ -189,16 +209,16 @@ class AdapterSuite:
                 view = again[i]
                 assert (view.dtype.name, view.shape, view.strides) == (name, shape, None)
                 assert view.nbytes == 0 or view.address == batch[i].address
-                assert self.data(tensors[i]) == stored_bytes(batch, i)
+                assert self.data(tensors[i]) == self.stored(batch, i)
             del tensors, again, view
 
     def test_tensors_are_writable_and_share_the_memory(self) -> None:
-        batch = batch_of([("int32", (5, 3)), ("int32", (4,))])
+        batch = self.batch([("int32", (5, 3)), ("int32", (4,))])
         first, second = self.adapter.wrap(batch, {})
-        before = stored_bytes(batch, 1)
+        before = self.stored(batch, 1)
         self.zero(first)
-        assert stored_bytes(batch, 0) == bytes(60)
-        assert stored_bytes(batch, 1) == before == self.data(second)
+        assert self.stored(batch, 0) == bytes(60)
+        assert self.stored(batch, 1) == before == self.data(second)
         assert self.adapter.writable(first)
 
     def test_a_dtype_that_is_lacking_is_named(self) -> None:
@@ -206,28 +226,28 @@ class AdapterSuite:
         lacking.append(BY_NAME["float6_e2m3fn"])
         for row in lacking:
             with pytest.raises(TypeError, match=row.name):
-                self.adapter.wrap(batch_of([("uint8", (2,)), (row.name, (4,))]), {})
+                self.adapter.wrap(self.batch([("uint8", (2,)), (row.name, (4,))]), {})
 
     def test_rows_outside_of_their_buffer_are_refused(self) -> None:
         for shift in (15, 17):
-            batch = batch_of([("int8", (64,))])
+            batch = self.batch([("int8", (64,))])
             batch.views["address"] += np.uint64(shift)
             batch.views["address"] -= np.uint64(16)
             with pytest.raises(ValueError, match="outside"):
                 self.adapter.wrap(batch, {})
 
     def test_unknown_kinds_make_plain_tensors(self) -> None:
-        batch = batch_of([("int32", (2,))])
+        batch = self.batch([("int32", (2,))])
         (tensor,) = self.adapter.wrap(batch, {0: "what:ever"})
         assert type(tensor) in self.adapter.plain_types
         assert not self.described(tensor)[1]
 
     def test_kinds_come_back(self) -> None:
         tensors = self.kinds()
-        assert len(tensors) >= 3
+        assert len(tensors) >= self.fewest_kinds
         described, kinds = self.adapter.describe(tensors, [str(i) for i in range(len(tensors))])
         assert sorted(kinds) == list(range(len(tensors)))
-        batch = batch_of([(described[i].dtype.name, described[i].shape) for i in kinds])
+        batch = self.batch([(described[i].dtype.name, described[i].shape) for i in kinds])
         for i, tensor in enumerate(tensors):
             view, buffer = batch[i], batch.owners[0]
             start = view.address - buffer.address  # type: ignore[attr-defined]
@@ -240,28 +260,28 @@ class AdapterSuite:
 
     @pytest.mark.parametrize("apart", [False, True])
     def test_a_tensor_alone_keeps_its_memory(self, apart: bool) -> None:
-        start = _engine.live_buffers()
-        batch = batch_of([("int32", (100,)), ("int32", ()), ("int32", (200,))], apart)
-        want = [stored_bytes(batch, i) for i in range(3)]
+        start = self.live()
+        batch = self.batch([("int32", (100,)), ("int32", ()), ("int32", (200,))], apart)
+        want = [self.stored(batch, i) for i in range(3)]
         tensors = self.adapter.wrap(batch, {})
         del batch
         gc.collect()
         for order in (1, 0, 0):
-            assert _engine.live_buffers() == start + (len(tensors) if apart else 1)
+            assert self.live() == start + (len(tensors) if apart else 1)
             assert [self.data(t) for t in tensors] == want
             del tensors[order], want[order]
-        assert _engine.live_buffers() == start
+        assert self.live() == start
 
     def test_memory_of_empty_tensors_is_not_needed(self) -> None:
-        start = _engine.live_buffers()
-        tensors = self.adapter.wrap(batch_of([("int32", (0,)), ("int32", (3, 0))], True), {})
+        start = self.live()
+        tensors = self.adapter.wrap(self.batch([("int32", (0,)), ("int32", (3, 0))], True), {})
         assert [self.data(t) for t in tensors] == [b"", b""]
         del tensors
-        assert _engine.live_buffers() == start
+        assert self.live() == start
 
     def test_tensors_dropped_by_other_threads(self) -> None:
-        start = _engine.live_buffers()
-        tensors = self.adapter.wrap(batch_of([("int32", (9,))] * 1000), {})
+        start = self.live()
+        tensors = self.adapter.wrap(self.batch([("int32", (9,))] * 1000), {})
         shares = [tensors[k::4] for k in range(4)]
         del tensors
         threads = [threading.Thread(target=share.clear) for share in shares]
@@ -270,21 +290,21 @@ class AdapterSuite:
         for thread in threads:
             thread.join()
         assert shares == [[]] * 4
-        assert _engine.live_buffers() == start
+        assert self.live() == start
 
     def test_a_failing_wrap_leaves_nothing(self) -> None:
-        start = _engine.live_buffers()
-        batch = batch_of([("int8", (8,))] * 100)
+        start = self.live()
+        batch = self.batch([("int8", (8,))] * 100)
         batch.views["address"][70] = 16
         with pytest.raises(ValueError, match="outside"):
             self.adapter.wrap(batch, {})
         del batch
-        assert _engine.live_buffers() == start
+        assert self.live() == start
 
     def test_references_are_not_leaked(self) -> None:
         tensors = [*self.layouts().values(), *self.kinds()]
         names = ["t"] * len(tensors)
-        batch = batch_of([("int32", (3,)), ("uint8", (2, 2))])
+        batch = self.batch([("int32", (3,)), ("uint8", (2, 2))])
         watched = [*tensors, batch.owners[0], batch.dims, batch.views]
 
         def once() -> list[int]:
@@ -300,7 +320,7 @@ class AdapterSuite:
     def test_memory_is_not_leaked(self) -> None:
         tensors = [*self.layouts().values(), *self.kinds()]
         names = ["t"] * len(tensors)
-        batch = batch_of([("int32", (3,))] * 64)
+        batch = self.batch([("int32", (3,))] * 64)
 
         def many() -> None:
             for _ in range(50):
@@ -316,6 +336,12 @@ class AdapterSuite:
             assert tracemalloc.get_traced_memory()[0] - before < 2000
         finally:
             tracemalloc.stop()
+
+    # -- where tensors go
+
+    def test_what_names_no_device_has_no_destination(self) -> None:
+        for location in ("cpu", "meta", "nothing", {"cpu": "cuda:0"}, lambda t, where: t, 1.5):
+            assert self.adapter.destination(location) == 0, location
 
     # -- fill
 

@@ -28,11 +28,15 @@ __all__ = [
 ]
 
 #: Name of the adapter -> the package that has to be imported, and what to type to get it.
-#: In the order in which they are tried where nothing else decides.
+#: In the order in which they are tried where nothing else decides. NumPy is always there: those
+#: behind it are used where they were asked for, or saved the file, since not every machine has
+#: their device, nor every process the settings that they need.
 _TABLE = {
     "torch": ("torch", "pip install torch"),
     "oneflow": ("oneflow", "pip install oneflow"),
     "numpy": ("numpy", "pip install numpy"),
+    "jax": ("jax", "pip install jax"),
+    "cupy": ("cupy", "pip install cupy-cuda12x"),
 }
 
 
@@ -92,7 +96,7 @@ def choose(asked: str | None, saved: str | None) -> Adapter:
     """The adapter that a load returns tensors of.
 
     What was `asked` for; else the one that `saved` the file; where that is not installed, or the
-    file does not say, the first of the table already imported, of which NumPy is the last.
+    file does not say, the first of the table already imported, NumPy at the latest.
     """
     if asked is not None:
         return by_name(asked)
