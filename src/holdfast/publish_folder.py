@@ -269,12 +269,12 @@ class _Writer:
                 elif ways[rank] == ways[0]:
                     cleared.wait()
                 while not failures:
-                    row = next_row(rank)
-                    if row is None:
+                    chosen = next_row(rank)
+                    if chosen is None:
                         break
                     before = moved[rank]
-                    self.write_one(row, 1, ways[rank], partial(count, rank, before, report))
-                    moved[rank] = before + int(sizes[row])
+                    self.write_one(chosen, 1, ways[rank], partial(count, rank, before, report))
+                    moved[rank] = before + int(sizes[chosen])
             except BaseException as error:
                 failures.append(error)
             finally:

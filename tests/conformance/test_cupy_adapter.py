@@ -17,8 +17,9 @@ import pytest
 import fake_cupy_arrays
 import holdfast
 from conformance.test_adapters import AdapterSuite, batch_of
-from holdfast import _engine, adapters
+from holdfast import _engine, adapters, staging
 from holdfast.dtypes import BY_NAME, DType
+from holdfast.staging.host import HostDevice
 from holdfast.views import TensorBatch, device_code
 
 
@@ -37,8 +38,29 @@ def loaded(module: Any) -> Iterator[Any]:
 def cupy() -> Iterator[Any]:
     """The stand-in, in place of any CuPy."""
     module = fake_cupy_arrays.make()
-    for _ in loaded(module):
-        yield module
+    codes = [device_code(2, number) for number in range(2)]
+    for code in codes:
+        staging.register(code, Device(module, code & 0xFFFF))
+    try:
+        for _ in loaded(module):
+            yield module
+    finally:
+        for code in codes:
+            staging.unregister(code)
+
+
+class Device(HostDevice):
+    """A device of the stand-in: it allocates as CuPy would."""
+
+    def __init__(self, module: Any, number: int) -> None:
+        super().__init__(f"cuda:{number}")
+        self.module, self.number = module, number
+
+    def allocate(self, nbytes: int, framework: str | None) -> tuple[int, object]:
+        assert framework == "cupy"
+        with self.module.cuda.Device(self.number):
+            memory = self.module.ndarray((nbytes,), np.uint8)
+        return memory.data.ptr, memory
 
 
 class CupySuite(AdapterSuite):
@@ -217,8 +239,10 @@ class TestStandIn(CupySuite):
             assert self.adapter.destination(None) == self.adapter.destination("cuda:0") == 0
         self.cupy.cuda.runtime.is_hip = True
         assert self.adapter.destination(None) == 0
-        batch, _ = self.adapter.describe([self.make(np.zeros(3))], ["x"])
-        assert batch[0].device == device_code(10, 0)
+        batch, kinds = self.adapter.describe([self.make(np.arange(3.0))], ["x"])
+        assert batch[0].device == 0
+        assert not kinds
+        assert batch.owners[0].tolist() == [0, 1, 2]  # type: ignore[attr-defined]
         with pytest.raises(ValueError, match="2:0"):
             self.adapter.wrap(self.batch([("int8", (3,))]), {})
 

@@ -57,10 +57,16 @@ class CupyAdapter:
     def describe(
         self, tensors: list[Any], names: Sequence[str]
     ) -> tuple[TensorBatch, dict[int, str]]:
-        """Columns of arrays where they lie. See :meth:`Adapter.describe`. Nothing is copied."""
+        """Columns of arrays where they lie. See :meth:`Adapter.describe`.
+
+        Nothing is copied but from devices of ROCm, whose memory only CuPy can copy.
+        """
+        if cupy.cuda.runtime.is_hip:
+            for array, name in zip(tensors, names, strict=True):
+                _row(array, name)
+            return NUMPY.describe([array.get() for array in tensors], names)[0], {}
         views = np.zeros(len(tensors), VIEW)
         devices = np.zeros(len(tensors), np.int32)
-        kind = _ROCM if cupy.cuda.runtime.is_hip else _CUDA
         dims: list[int] = []
         strides: list[int] = []
         for i, array in enumerate(tensors):
@@ -71,7 +77,7 @@ class CupyAdapter:
                 flags |= SWAPPED
             memory = array.data
             views[i] = (memory.ptr, row.nbytes(shape), len(dims), row.code, len(shape), flags)
-            devices[i] = device_code(kind, memory.device_id)
+            devices[i] = device_code(_CUDA, memory.device_id)
             dims.extend(shape)
             strides.extend(array.strides)
         dense = bool((views["flags"] & DENSE).all())
