@@ -250,10 +250,11 @@ def convert(
     *,
     durable: bool = True,
     checksum: bool = True,
+    max_shard_size: int | str | None = None,
     threads: int | None = None,
     progress: ProgressArgument = None,
 ) -> None:
-    """Write what is in one file to another, in another format.
+    """Write what is in one file to another, in another format, or to several.
 
     No tensor is made and none is decoded: bytes go from a map of the one file to the other, so that
     the memory taken does not grow with them. Checksums of `src`, where it has them, are checked.
@@ -266,8 +267,9 @@ def convert(
         As for :func:`save`; it may be `src` itself.
     format : str, optional
         As for :func:`save`: by default that which the extension of `dst` means.
-    durable, checksum, threads, progress
-        As for :func:`save`.
+    durable, checksum, max_shard_size, threads, progress
+        As for :func:`save`: with `max_shard_size`, `dst` is a folder that shards go to, and a
+        checkpoint that was in it is replaced; it may be the one that `src` is, or is in.
 
     Warns
     -----
@@ -295,11 +297,14 @@ def convert(
     convert_file(
         src,
         dst,
-        format=format,
-        durable=durable,
-        checksum=checksum,
-        threads=_threads(threads),
-        progress=progress,
+        SaveOptions(
+            format=format,
+            durable=durable,
+            checksum=checksum,
+            threads=_threads(threads),
+            progress=progress,
+            max_shard_size=max_shard_size,
+        ),
     )
 
 

@@ -51,11 +51,20 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_verify)
 
     change = commands.add_parser(
-        "convert", help="write what is in one file to another, in the format that its name means"
+        "convert",
+        help="write what is in one file to another, in the format that its name means, "
+        "or to a folder of shards",
     )
     change.add_argument("src")
     change.add_argument("dst")
     change.add_argument("--format", help="whatever the name of dst says")
+    change.add_argument(
+        "--max-shard-size",
+        type=_shard_size,
+        metavar="SIZE",
+        help="make dst a folder of safetensors files of at most so many bytes of tensors, "
+        "such as 5GB, with an index",
+    )
     change.set_defaults(run=_convert)
 
     info = commands.add_parser("info", help="list the tensors of a file; only its header is read")
@@ -76,6 +85,16 @@ def _size(text: str) -> int:
     if size <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive size")
     return size
+
+
+def _shard_size(text: str) -> int:
+    """A size as ``max_shard_size=`` takes it; digits alone are bytes."""
+    from .sharding import size_of
+
+    try:
+        return size_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -105,7 +124,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    convert(options.src, options.dst, options.format)
+    convert(options.src, options.dst, options.format, max_shard_size=options.max_shard_size)
     return 0
 
 

@@ -5,161 +5,31 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from . import adapters, fetch, formats, objects, storages
-from .adapters.base import PARAMETER, REQUIRES_GRAD, Placed, refusal
+from . import adapters, fetch, formats, objects, sharding, storages
 from .annotated import as_texts
 from .checkpoint import Reader
-from .collect import collect, split_kind
-from .dtypes import DTYPES
+from .collect import Collection, collect, split_kind
 from .errors import FormatError, UnsafeError, warn
 from .folder import open_origin
 from .formats import Writing
-from .layout import FOREIGN, SEGMENT, Index, Plan, Structure
+from .layout import FOREIGN, SEGMENT, Plan, Structure
 from .maps import Maps
 from .pickling import pickle_around
-from .progress import ProgressArgument
 from .publish import check_target, write_out
+from .references import Ref, RefAdapter, RefStorages
 from .safe import SafeResolver
 from .saving import SaveOptions, written_apart
 from .source import FileLike, is_path
 from .views import TensorBatch
 
 __all__ = ["convert_file"]
-
-#: What the kinds of torch's tensors are in the pickle of one.
-_FLAGS = {
-    "": 0,
-    "requires_grad": REQUIRES_GRAD,
-    "parameter": PARAMETER | REQUIRES_GRAD,
-    "parameter,frozen": PARAMETER,
-}
-
-
-class Ref:
-    """An entry of the file that is converted, in the place of its tensor."""
-
-    __slots__ = ("kind", "row")
-
-    def __init__(self, row: int, kind: str) -> None:
-        self.row = row
-        self.kind = kind
-
-
-class _RefAdapter:
-    """The entries of a file as tensors of the framework that saved them.
-
-    Of :class:`holdfast.adapters.base.Adapter` it has what saving asks for.
-    """
-
-    codecs: tuple[Any, ...] = ()
-
-    def __init__(self, name: str | None, index: Index, batch: TensorBatch) -> None:
-        self.name = name
-        self.ref = type("Ref", (Ref,), {"__slots__": ()})
-        self.plain_types: frozenset[type] = frozenset({self.ref})
-        self._index = index
-        self._batch = batch
-
-    def is_tensor(self, obj: object) -> bool:
-        return type(obj) is self.ref
-
-    def describe(
-        self, tensors: Sequence[Ref], names: Sequence[str]
-    ) -> tuple[TensorBatch, dict[int, str]]:
-        """Rows of the batch in which all entries are in memory."""
-        rows = np.array([ref.row for ref in tensors], np.int64)
-        flags = self._index.flags
-        for i in np.flatnonzero(flags[rows]).tolist() if flags is not None else ():
-            raise refusal(names[i], "conjugated or negated lazily, which this format cannot say")
-        batch = self._batch
-        views = np.ascontiguousarray(batch.views[rows])
-        kinds = {i: ref.kind for i, ref in enumerate(tensors) if ref.kind}
-        return TensorBatch(views, batch.dims, [batch] * len(rows), batch.strides), kinds
-
-
-class _RefStorages:
-    """Storages of the file that is converted, as they stand in it."""
-
-    def __init__(self, index: Index, batch: TensorBatch) -> None:
-        self.name = index.framework or "torch"
-        self._index = index
-        self._batch = batch
-        self._first: dict[int, int] = {}  # storage -> the first entry that is a view of it
-        self._keys: dict[int, str] = {}
-
-    @property
-    def keys(self) -> list[str]:
-        """In the order in which they were first seen."""
-        return list(self._keys.values())
-
-    @property
-    def rows(self) -> list[int]:
-        """The storage, or where there are none the entry, that each key stands for."""
-        return list(self._keys)
-
-    def persistent(self, obj: Any) -> tuple[Any, ...] | None:  # noqa: ARG002
-        return None
-
-    def add(self, tensor: Ref) -> Placed:
-        """Where an entry lies in its storage; an entry without one is a storage of its own."""
-        index, row = self._index, tensor.row
-        entry = index.entries[row]
-        dtype = DTYPES[int(entry["dtype"])]
-        if dtype.torch is None or tensor.kind not in _FLAGS:
-            raise TypeError(f"{dtype.name} {tensor.kind}".strip() + ": PyTorch has no such type")
-        if index.flags is not None and index.flags[row]:
-            raise TypeError("a tensor that is conjugated or negated lazily")
-        shape = index.shape(row)
-        if index.storage is None or index.storages is None:
-            own, nbytes, offset = row, int(entry["nbytes"]), 0
-        else:
-            own = int(index.storage[row])
-            nbytes = int(index.storages["nbytes"][own])
-            offset = int(entry["offset"]) - int(index.storages["offset"][own])
-        key = self._keys.setdefault(own, str(len(self._keys)))
-        if int(index.entries["dtype"][self._first.setdefault(own, row)]) != dtype.code:
-            raise RuntimeError(
-                f"a storage that is {dtype.name} for one tensor and something else for another"
-            )
-        size = dtype.itemsize
-        strides = _dense(shape)
-        if index.strides is not None:
-            first = int(entry["dims"])
-            steps = index.strides[first : first + len(shape)] // size
-            strides = tuple(steps.tolist())
-        return key, dtype.code, nbytes, offset // size, shape, strides, _FLAGS[tensor.kind]
-
-    def batch(self) -> TensorBatch:
-        """The storages in memory, one row each."""
-        index, batch = self._index, self._batch
-        if index.storages is None or batch.storages is None:
-            rows = np.array(list(self._first), np.int64)
-            views = np.ascontiguousarray(batch.views[rows])
-            return TensorBatch(views, batch.dims, [batch] * len(rows), batch.strides)
-        which = list(self._first)
-        found = batch.storages.rows(which)
-        for i, row in enumerate(self._first.values()):
-            code = int(index.entries["dtype"][row])
-            found.views["dtype"][i] = code
-            found.dims[i] //= DTYPES[code].itemsize
-        found.owners = [batch] * len(which)
-        found.owner = None
-        return found
-
-
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements of C order."""
-    strides, step = [], 1
-    for extent in reversed(shape):
-        strides.append(step)
-        step *= max(extent, 1)
-    return tuple(reversed(strides))
 
 
 class _Conversion:
@@ -187,7 +57,7 @@ class _Conversion:
         else:
             check = fetch.checkable(index)
             self.batch = fetch.read_tensors(source, index, rows, verify=check, threads=threads)
-        self._adapters: dict[str | None, _RefAdapter] = {}
+        self._adapters: dict[str | None, RefAdapter] = {}
 
     @property
     def adapters(self) -> list[Any]:
@@ -201,9 +71,9 @@ class _Conversion:
             framework, kind = split_kind(kind)
         return self._adapter(framework).ref(row, kind)  # type: ignore[no-any-return]
 
-    def _adapter(self, framework: str | None) -> _RefAdapter:
+    def _adapter(self, framework: str | None) -> RefAdapter:
         if framework not in self._adapters:
-            self._adapters[framework] = _RefAdapter(framework, self.index, self.batch)
+            self._adapters[framework] = RefAdapter(framework, self.index, self.batch)
         return self._adapters[framework]
 
     def object(self) -> Any:
@@ -322,32 +192,26 @@ def _no_storage(row: int, code: int, *_: object) -> object:
     raise FormatError(f"storage {row} is that of a quantized tensor, or of none")
 
 
-def convert_file(
-    src: FileLike,
-    dst: FileLike,
-    *,
-    format: str | None,
-    durable: bool,
-    checksum: bool,
-    threads: int,
-    progress: ProgressArgument,
-) -> None:
+def convert_file(src: FileLike, dst: FileLike, options: SaveOptions) -> None:
     """What :func:`holdfast.convert` does."""
+    if options.max_shard_size is not None:
+        most = sharding.size_of(options.max_shard_size)
+        _convert_to_shards(src, sharding.target(dst, options), options, most)
+        return
     check_target(dst)
     path = os.fsdecode(dst) if is_path(dst) else ""  # type: ignore[arg-type]
     stem, extension = os.path.splitext(os.path.basename(path))
-    apart = written_apart(format)
+    apart = written_apart(options.format)
     if apart is not None:
-        options = SaveOptions(format, durable, threads=threads, progress=progress)
-        _convert_apart(src, dst, apart, options)
+        _convert_apart(src, dst, apart, replace(options, checksum=True))
         return
-    form = formats.for_saving(format, extension.lower())
+    form = formats.for_saving(options.format, extension.lower())
     with Reader(open_origin(src)) as reader:
-        work = _Conversion(reader, threads)
+        work = _Conversion(reader, options.threads)
         plan = {"tree": _plan_tree, "arrays": _plan_arrays, "array": _plan_arrays}.get(
             form.STRUCTURE, _plan_pickle
         )
-        checksum = formats.checksummed(form, checksum)
+        checksum = formats.checksummed(form, options.checksum)
         made, batch, rows, whole = plan(work, form, checksum, stem)
         work.verify(rows[rows >= 0], whole)
         write_out(
@@ -355,10 +219,10 @@ def convert_file(
             made,
             batch,
             form.seal,
-            durable=durable,
+            durable=options.durable,
             checksum=checksum,
-            threads=threads,
-            progress=progress,
+            threads=options.threads,
+            progress=options.progress,
             release=work.mapped(batch),
             check=lambda crcs: work.check(crcs, rows, whole),
         )
@@ -376,6 +240,23 @@ def _convert_apart(src: FileLike, dst: FileLike, apart: ModuleType, options: Sav
         obj = work.object()
         known = [*adapters.loaded(), *work.adapters]
         apart.save_apart(obj, dst, options, known=known, release=work.mapped)
+
+
+def _convert_to_shards(src: FileLike, folder: str, options: SaveOptions, most: int) -> None:
+    """Convert to several files of at most `most` bytes of tensors in a folder."""
+    form = formats.for_saving("safetensors", "")
+    with Reader(open_origin(src)) as reader:
+        work = _Conversion(reader, options.threads)
+        found, tree, rows = _tree(work)
+        work.verify(rows[rows >= 0], False)
+        content = sharding.Content(
+            found,
+            tree,
+            release=work.mapped(found.batch),
+            check=lambda crcs, part: work.check(crcs, rows[part], False),
+        )
+        options = replace(options, metadata=_metadata(work, form))
+        sharding.write_shards(content, folder, options, most)
 
 
 def _metadata(work: _Conversion, form: Writing) -> Mapping[str, str] | None:
@@ -436,26 +317,31 @@ def _check_extent(obj: Any, work: _Conversion) -> None:
             )
 
 
-def _plan_tree(work: _Conversion, form: Writing, checksum: bool, stem: str) -> _Planned:
-    """Plan a file in which the object is a tree of JSON around its tensors."""
-    known = [*adapters.loaded(), *work.adapters]
+def _tree(work: _Conversion) -> tuple[Collection, object, np.ndarray]:
+    """The object as a tree of JSON around its tensors, and the entry that each of these is of."""
     obj = work.object()
     _check_extent(obj, work)
     known = [*adapters.loaded(), *work.adapters]
     flat, blobs = objects.flatten(obj, known)
     found = collect(flat.names, flat.leaves, known)
+    rows = np.full(len(found.names), -1, np.int64)
+    for leaf, place in zip(flat.leaves, found.position, strict=True):
+        rows[place] = leaf.row if isinstance(leaf, Ref) else -1
+    return found, objects.tree_of(flat, blobs, found), rows
+
+
+def _plan_tree(work: _Conversion, form: Writing, checksum: bool, stem: str) -> _Planned:
+    """Plan a file in which the object is a tree of JSON around its tensors."""
+    found, tree, rows = _tree(work)
     plan = form.plan(
         found.names,
         found.batch,
         framework=found.framework,
         metadata=_metadata(work, form),
-        structure=objects.tree_of(flat, blobs, found),
+        structure=tree,
         checksum=checksum,
         stem=stem,
     )
-    rows = np.full(len(found.names), -1, np.int64)
-    for leaf, place in zip(flat.leaves, found.position, strict=True):
-        rows[place] = leaf.row if isinstance(leaf, Ref) else -1
     return plan, found.batch, rows, False
 
 
@@ -481,7 +367,7 @@ def _plan_arrays(work: _Conversion, form: Writing, checksum: bool, stem: str) ->
 def _plan_pickle(work: _Conversion, form: Writing, checksum: bool, stem: str) -> _Planned:
     """Plan a file in which the object is a pickle around its tensors' storages."""
     obj = work.object()
-    storage = _RefStorages(work.index, work.batch)
+    storage = RefStorages(work.index, work.batch)
     types = frozenset(adapter.ref for adapter in work.adapters)
     found = pickle_around(obj, storage, types, legacy=form.STRUCTURE == "legacy pickle")
     plan = form.plan(

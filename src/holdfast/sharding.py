@@ -14,6 +14,7 @@ import fractions
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from .saving import SaveOptions
 from .source import is_path
 from .views import TensorBatch
 
-__all__ = ["save_shards", "size_of"]
+__all__ = ["Content", "save_shards", "size_of", "target", "write_shards"]
 
 _INDEX, _SINGLE = shards.INDEX, shards.SINGLE
 #: What shards are called that were written here, or by Hugging Face's tools.
@@ -66,11 +67,48 @@ def size_of(most: int | str) -> int:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What goes to several files.
+
+    Attributes
+    ----------
+    found : Collection
+    tree : object
+        The object around the tensors, where it is more than a flat dict of them.
+    release : ndarray of bool, optional
+        Rows of the batch that are memory of unchanged maps, as
+        :func:`holdfast.publish.write_out` has it.
+    check : callable, optional
+        Given the checksums of the tensors of one file, and which rows those are, raises where they
+        are not what they should be; that file does not get its name then.
+    """
+
+    found: Collection
+    tree: object
+    release: np.ndarray | None = None
+    check: Callable[[np.ndarray, slice], None] | None = None
+
+
 def save_shards(obj: Any, f: object, options: SaveOptions, most: int) -> None:
     """Save an object to files of at most `most` bytes of tensors in the folder `f`.
 
     The folder is made where there is none; other files in it stay. What fits into one file is
     written as one, without an index.
+    """
+    folder = target(f, options)
+    flat, blobs = objects.flatten(obj)
+    found = collect(flat.names, flat.leaves)
+    write_shards(Content(found, objects.tree_of(flat, blobs, found)), folder, options, most)
+
+
+def target(f: object, options: SaveOptions) -> str:
+    """Path of the folder that shards are to go to.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `f` names none, or the options say that something else is to be written.
     """
     if not is_path(f):
         raise TypeError("max_shard_size= writes several files: give the path of a folder")
@@ -79,14 +117,16 @@ def save_shards(obj: Any, f: object, options: SaveOptions, most: int) -> None:
     folder = os.fsdecode(f)  # type: ignore[arg-type]
     if formats.is_extension(os.path.splitext(folder)[1].lower()) and not os.path.isdir(folder):
         raise ValueError(f"{folder}: max_shard_size= writes several files: give a folder for them")
-    flat, blobs = objects.flatten(obj)
-    found = collect(flat.names, flat.leaves)
-    tree = objects.tree_of(flat, blobs, found)
-    groups = shards.split(found.batch.views["nbytes"].tolist(), most)
+    return folder
+
+
+def write_shards(content: Content, folder: str, options: SaveOptions, most: int) -> None:
+    """Write files of at most `most` bytes of tensors, and the index where there are several."""
+    groups = shards.split(content.found.batch.views["nbytes"].tolist(), most)
     made = _make_folder(folder)
     try:
         with _locked(folder):
-            _replace(folder, groups, found, tree, options)
+            _replace(folder, groups, content, options)
     except BaseException:
         if made:
             with contextlib.suppress(OSError):
@@ -94,9 +134,7 @@ def save_shards(obj: Any, f: object, options: SaveOptions, most: int) -> None:
         raise
 
 
-def _replace(
-    folder: str, groups: list[range], found: Collection, tree: object, options: SaveOptions
-) -> None:
+def _replace(folder: str, groups: list[range], content: Content, options: SaveOptions) -> None:
     """Write the files of a checkpoint, and remove those that only the one before it used."""
     with contextlib.closing(FolderSource(folder)) as source:
         source.links = True
@@ -104,11 +142,11 @@ def _replace(
         _clear(source, folder, old | others)
     if len(groups) == 1:
         names = [_SINGLE]
-        _write(folder, _SINGLE, found, groups[0], tree, options, None)
+        _write(folder, _SINGLE, content, groups[0], options, None)
         _remove(folder, [_INDEX])
     else:
         names = shards.shard_names(len(groups), os.listdir(folder))
-        _write_all(folder, names, groups, found, tree, options)
+        _write_all(folder, names, groups, content, options)
     if options.durable:
         _flush(folder)  # before files go that the old index needs
     own = {name for name in {_SINGLE, *old} - others if _OURS.fullmatch(name)}
@@ -174,17 +212,17 @@ def _write_all(
     folder: str,
     names: list[str],
     groups: list[range],
-    found: Collection,
-    tree: object,
+    content: Content,
     options: SaveOptions,
 ) -> None:
     """Write all shards, and then the index."""
+    found = content.found
     weight_map = {
         found.names[row]: name for name, rows in zip(names, groups, strict=True) for row in rows
     }
     total = int(found.batch.views["nbytes"].sum())
     text = shards.index_text(
-        weight_map, total, framework=found.framework, metadata=options.metadata, tree=tree
+        weight_map, total, framework=found.framework, metadata=options.metadata, tree=content.tree
     )
     _write_text(os.path.join(folder, _JOURNAL), "\n".join(names).encode(), options.durable)
     written: list[str] = []
@@ -193,7 +231,7 @@ def _write_all(
             done = 0
             for name, rows in zip(names, groups, strict=True):
                 own = int(found.batch.views["nbytes"][rows.start : rows.stop].sum())
-                _write(folder, name, found, rows, None, options, _behind(report, done, own))
+                _write(folder, name, content, rows, options, _behind(report, done, own))
                 written.append(name)
                 done += own
             _write_text(os.path.join(folder, _INDEX), text, options.durable)
@@ -207,23 +245,23 @@ def _write_all(
 def _write(
     folder: str,
     name: str,
-    found: Collection,
+    content: Content,
     rows: range,
-    tree: object,
     options: SaveOptions,
     progress: Callable[[int, int], object] | None,
 ) -> None:
-    """Write some of the tensors as one file."""
+    """Write some of the tensors as one file; where they are all, with what is said of all."""
     form = formats.for_saving("safetensors", "")
-    batch = found.batch
-    part = batch.take(slice(rows.start, rows.stop))
+    found, check = content.found, content.check
+    chosen = slice(rows.start, rows.stop)
+    part = found.batch.take(chosen)
     whole = len(rows) == len(found.names)
     plan = form.plan(
-        found.names[rows.start : rows.stop],
+        found.names[chosen],
         part,
         framework=found.framework,
         metadata=options.metadata if whole else None,
-        structure=tree,
+        structure=content.tree if whole else None,
         checksum=options.checksum,
         stem="",
     )
@@ -236,6 +274,8 @@ def _write(
         checksum=options.checksum,
         threads=options.threads,
         progress=options.progress if whole else progress,
+        release=None if content.release is None else content.release[chosen],
+        check=None if check is None else lambda crcs: check(crcs, chosen),
         staging=options.staging,
     )
 
