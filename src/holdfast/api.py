@@ -251,13 +251,15 @@ def convert(
     durable: bool = True,
     checksum: bool = True,
     max_shard_size: int | str | None = None,
+    dequantize: bool = False,
     threads: int | None = None,
     progress: ProgressArgument = None,
 ) -> None:
     """Write what is in one file to another, in another format, or to several.
 
-    No tensor is made and none is decoded: bytes go from a map of the one file to the other, so that
-    the memory taken does not grow with them. Checksums of `src`, where it has them, are checked.
+    No tensor is made, and unless `dequantize` says so none is decoded: bytes go from a map of the
+    one file to the other, so that the memory taken does not grow with them. Checksums of `src`,
+    where it has them, are checked.
 
     Parameters
     ----------
@@ -270,6 +272,10 @@ def convert(
     durable, checksum, max_shard_size, threads, progress
         As for :func:`save`: with `max_shard_size`, `dst` is a folder that shards go to, and a
         checkpoint that was in it is replaced; it may be the one that `src` is, or is in.
+    dequantize : bool
+        As for :func:`load`. The floats go through a temporary file beside `dst`, which takes as
+        much room as they do, or where `dst` is a file object through one in the folder for
+        temporary files.
 
     Warns
     -----
@@ -305,6 +311,7 @@ def convert(
             progress=progress,
             max_shard_size=max_shard_size,
         ),
+        dequantize=dequantize,
     )
 
 
@@ -358,6 +365,7 @@ def load_into(
     strict: bool = True,
     prefix: str = "",
     rename: Mapping[str, str] | None = None,
+    dequantize: bool = False,
     threads: int | None = None,
     staging: Staging | None = None,
 ) -> IncompatibleKeys:
@@ -382,6 +390,9 @@ def load_into(
         Regular expressions and what to put in place of what they find in a stored name, as
         ``re.sub`` does, one after the other and before `prefix` is looked for:
         ``rename={r"^module\.": ""}`` for a model that was saved while it was wrapped.
+    dequantize : bool
+        As for :func:`load`: the blocks of a GGUF file fill tensors of any dtype with the numbers
+        that they stand for.
     threads, staging
         As for :func:`load`.
 
@@ -409,6 +420,7 @@ def load_into(
         strict=strict,
         prefix=prefix,
         rename=rename,
+        dequantize=dequantize,
         threads=_threads(threads),
         staging=staging,
     )

@@ -65,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
         help="make dst a folder of safetensors files of at most so many bytes of tensors, "
         "such as 5GB, with an index",
     )
+    change.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="make float32 of the blocks of a GGUF file, where their type is known",
+    )
     change.set_defaults(run=_convert)
 
     info = commands.add_parser("info", help="list the tensors of a file; only its header is read")
@@ -124,7 +129,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    convert(options.src, options.dst, options.format, max_shard_size=options.max_shard_size)
+    convert(
+        options.src,
+        options.dst,
+        options.format,
+        max_shard_size=options.max_shard_size,
+        dequantize=options.dequantize,
+    )
     return 0
 
 

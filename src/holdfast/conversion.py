@@ -26,6 +26,7 @@ from .publish import check_target, write_out
 from .references import Ref, RefAdapter, RefStorages
 from .safe import SafeResolver
 from .saving import SaveOptions, written_apart
+from .scratch import float_index, floats_of
 from .source import FileLike, is_path
 from .views import TensorBatch
 
@@ -40,9 +41,15 @@ class _Conversion:
     reader : Reader
     threads : int
         0 lets the engine choose.
+    dequantize : bool
+        Whether blocks of quantized numbers become float32, where their type is known.
+    folder : str, optional
+        Where a file without a name may be for those; by default that of temporary files.
     """
 
-    def __init__(self, reader: Reader, threads: int) -> None:
+    def __init__(
+        self, reader: Reader, threads: int, dequantize: bool = False, folder: str | None = None
+    ) -> None:
         self.index = index = reader.index
         self.reader = reader
         self.threads = threads
@@ -57,7 +64,22 @@ class _Conversion:
         else:
             check = fetch.checkable(index)
             self.batch = fetch.read_tensors(source, index, rows, verify=check, threads=threads)
+        if dequantize:
+            self._dequantize(folder)
         self._adapters: dict[str | None, RefAdapter] = {}
+
+    def _dequantize(self, folder: str | None) -> None:
+        """Put floats in the place of blocks. What has a checksum is checked here and now."""
+        index, source = self.index, self.reader.source
+        self.index = float_index(index)
+        if self.index is index:
+            return
+        self.swapped = False
+        if fetch.checkable(index):
+            rows = np.arange(len(index), dtype=np.int64)
+            fetch.verify_rows(source, index, rows, threads=self.threads)
+        self.batch, floats = floats_of(source, index, self.batch, folder, self.threads)
+        self.maps = Maps([*(self.maps.buffers if self.maps is not None else ()), floats])
 
     @property
     def adapters(self) -> list[Any]:
@@ -192,22 +214,25 @@ def _no_storage(row: int, code: int, *_: object) -> object:
     raise FormatError(f"storage {row} is that of a quantized tensor, or of none")
 
 
-def convert_file(src: FileLike, dst: FileLike, options: SaveOptions) -> None:
+def convert_file(
+    src: FileLike, dst: FileLike, options: SaveOptions, *, dequantize: bool = False
+) -> None:
     """What :func:`holdfast.convert` does."""
     if options.max_shard_size is not None:
         most = sharding.size_of(options.max_shard_size)
-        _convert_to_shards(src, sharding.target(dst, options), options, most)
+        folder = sharding.target(dst, options)
+        _convert_to_shards(src, folder, options, most, dequantize)
         return
     check_target(dst)
     path = os.fsdecode(dst) if is_path(dst) else ""  # type: ignore[arg-type]
     stem, extension = os.path.splitext(os.path.basename(path))
     apart = written_apart(options.format)
     if apart is not None:
-        _convert_apart(src, dst, apart, replace(options, checksum=True))
+        _convert_apart(src, dst, apart, replace(options, checksum=True), dequantize)
         return
     form = formats.for_saving(options.format, extension.lower())
     with Reader(open_origin(src)) as reader:
-        work = _Conversion(reader, options.threads)
+        work = _Conversion(reader, options.threads, dequantize, _around(dst))
         plan = {"tree": _plan_tree, "arrays": _plan_arrays, "array": _plan_arrays}.get(
             form.STRUCTURE, _plan_pickle
         )
@@ -228,10 +253,12 @@ def convert_file(src: FileLike, dst: FileLike, options: SaveOptions) -> None:
         )
 
 
-def _convert_apart(src: FileLike, dst: FileLike, apart: ModuleType, options: SaveOptions) -> None:
+def _convert_apart(
+    src: FileLike, dst: FileLike, apart: ModuleType, options: SaveOptions, dequantize: bool
+) -> None:
     """Convert to a format whose checkpoints are no single files."""
     with Reader(open_origin(src)) as reader:
-        work = _Conversion(reader, options.threads)
+        work = _Conversion(reader, options.threads, dequantize, _around(dst))
         rows = np.arange(len(reader.index), dtype=np.int64)
         if fetch.checkable(reader.index):  # there are none in what is written
             fetch.verify_rows(reader.source, reader.index, rows, threads=options.threads)
@@ -242,11 +269,13 @@ def _convert_apart(src: FileLike, dst: FileLike, apart: ModuleType, options: Sav
         apart.save_apart(obj, dst, options, known=known, release=work.mapped)
 
 
-def _convert_to_shards(src: FileLike, folder: str, options: SaveOptions, most: int) -> None:
+def _convert_to_shards(
+    src: FileLike, folder: str, options: SaveOptions, most: int, dequantize: bool
+) -> None:
     """Convert to several files of at most `most` bytes of tensors in a folder."""
     form = formats.for_saving("safetensors", "")
     with Reader(open_origin(src)) as reader:
-        work = _Conversion(reader, options.threads)
+        work = _Conversion(reader, options.threads, dequantize, _around(folder))
         found, tree, rows = _tree(work)
         work.verify(rows[rows >= 0], False)
         content = sharding.Content(
@@ -257,6 +286,15 @@ def _convert_to_shards(src: FileLike, folder: str, options: SaveOptions, most: i
         )
         options = replace(options, metadata=_metadata(work, form))
         sharding.write_shards(content, folder, options, most)
+
+
+def _around(dst: object) -> str | None:
+    """The folder that a path is in; None for a file object, or where there is no such folder."""
+    if not is_path(dst):
+        return None
+    path = os.path.realpath(os.fsdecode(dst))  # type: ignore[arg-type]
+    folder = os.path.dirname(path)
+    return folder if os.path.isdir(folder) else None
 
 
 def _metadata(work: _Conversion, form: Writing) -> Mapping[str, str] | None:

@@ -8,12 +8,13 @@ import numpy as np
 
 from . import fetch
 from .dtypes import BY_NAME
+from .folder import Origin
 from .formats import _gguf
 from .formats._gguf_types import BY_TYPE_NAME, DEQUANTIZED
 from .layout import Index
 from .views import TensorBatch
 
-__all__ = ["dequantize", "dequantized"]
+__all__ = ["dequantize", "dequantized", "read_part"]
 
 _FLOAT = BY_NAME["float32"]
 
@@ -101,6 +102,41 @@ def dequantize(
     return TensorBatch(
         views, np.concatenate([dims, made.dims]), [*batch.owners, *made.owners], owner=owner
     )
+
+
+def read_part(
+    source: Origin,
+    index: Index,
+    row: int,
+    first: int,
+    shape: tuple[int, ...],
+    *,
+    threads: int = 0,
+) -> TensorBatch:
+    """Elements of one dequantized tensor; as :func:`holdfast.fetch.read_part`, of its numbers.
+
+    Parameters
+    ----------
+    index : Index
+        Of the blocks.
+    first : int
+        In elements of float32, in C order; at the beginning of a block.
+    shape : tuple of int
+        Of the part, of which the last axis is whole blocks.
+    """
+    text = index.encodings[row]
+    block = BY_TYPE_NAME[text]
+    count, rest = divmod(shape[-1], block.elements)
+    at, odd = divmod(first, block.elements)
+    assert not rest
+    assert not odd
+    blocks = (*shape[:-1], count, block.nbytes)
+    raw = fetch.read_part(source, index, row, at * block.nbytes, blocks)
+    entries = index.entries[[row]]
+    entries["nbytes"] = raw.views["nbytes"]
+    entries["dims"] = 0
+    part = Index(index.names, entries, raw.dims, {}, encodings={0: text})
+    return dequantize(part, raw, np.zeros(1, np.int64), threads=threads)
 
 
 def _own_dims(views: np.ndarray, dims: np.ndarray) -> np.ndarray:

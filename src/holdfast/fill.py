@@ -16,8 +16,10 @@ from . import _engine, adapters, fetch, objects
 from .adapters import Adapter
 from .checkpoint import Reader
 from .collect import by_adapter, join_kind, opaque
+from .dequantize import dequantized, read_part
 from .errors import ChecksumError
 from .folder import open_origin
+from .formats._gguf_types import DEQUANTIZED
 from .layout import Index
 from .source import FileLike
 from .views import TensorBatch, TensorView
@@ -57,6 +59,7 @@ def fill_from(
     strict: bool,
     prefix: str,
     rename: Mapping[str, str] | None,
+    dequantize: bool,
     threads: int,
     staging: Staging | None = None,
 ) -> IncompatibleKeys:
@@ -64,6 +67,8 @@ def fill_from(
     rules = _rules(rename)
     named = _named_tensors(target)
     with Reader(open_origin(f)) as reader:
+        if dequantize:
+            reader.described = dequantized(reader.index)
         stored = {
             name[len(prefix) :]: row
             for name, row in _renamed(reader, rules).items()
@@ -184,12 +189,12 @@ def _refuse(
     if keys is not None and keys.unexpected_keys:
         problems.append(f"Unexpected key(s) in state_dict: {_quoted(keys.unexpected_keys)}. ")
     for match in matches:
-        shape = reader.index.shape(match.row)
+        shape = reader.described.shape(match.row)
         if shape != match.view.shape:
             problems.append(
                 f"size mismatch for {match.name}: copying a param with shape "
                 f"{match.adapter.shape_text(shape)} from checkpoint, the shape in current model is "
-                f"{match.adapter.shape_text(match.view.shape)}."
+                f"{match.adapter.shape_text(match.view.shape)}.{_encoding(reader, match.row)}"
             )
         # Bytes of a dtype that the table lacks mean nothing as another one.
         kinds = (reader.kinds.get(match.row), match.kind)
@@ -206,6 +211,16 @@ def _refuse(
         )
 
 
+def _encoding(reader: Reader, row: int) -> str:
+    """What there is to say of a tensor that is read as blocks of quantized numbers."""
+    text = reader.described.encodings.get(row)
+    if text is None:
+        return ""
+    if text in DEQUANTIZED:
+        return f" Those are blocks of {text}: dequantize=True makes float32 of them."
+    return f" Those are blocks of {text}, which cannot be dequantized here."
+
+
 def _quoted(names: list[str]) -> str:
     shown = ", ".join(f'"{name}"' for name in names[:50])
     return shown if len(names) <= 50 else f"{shown}, … ({len(names)} in all)"
@@ -220,6 +235,8 @@ def _fill(reader: Reader, matches: list[_Target], threads: int, staging: Staging
     for match in matches:
         if not fetch.partial(index, match.row):
             apart.append(match)
+        elif reader.described.encodings.get(match.row) != index.encodings.get(match.row):
+            rest.append(match)  # blocks, to be dequantized
         elif _reads_straight(match, index, source.repeatable):
             direct.append(match)
         else:
@@ -240,7 +257,7 @@ def _fill(reader: Reader, matches: list[_Target], threads: int, staging: Staging
     for members in passes:
         _read_into(reader, members, threads, staging)
     for match in rest:
-        _convert(reader, match)
+        _convert(reader, match, threads)
     for match in apart:
         _copy(reader, match)
 
@@ -292,7 +309,8 @@ def _copy(reader: Reader, match: _Target) -> None:
 
 def _check_dtypes(reader: Reader, matches: list[_Target]) -> None:
     """Raise TypeError, before anything is written, for what cannot be made to be converted."""
-    for adapter, dtype in {(match.adapter, reader.index.dtype(match.row)) for match in matches}:
+    described = reader.described
+    for adapter, dtype in {(match.adapter, described.dtype(match.row)) for match in matches}:
         empty = TensorView(dtype, (0,), 0, _engine.allocate(0))
         try:
             adapter.wrap(TensorBatch.of([empty]), {})
@@ -335,9 +353,15 @@ def _read_into(
         fetch.check(reader.source.name, index, rows, segments)
 
 
-def _convert(reader: Reader, match: _Target) -> None:
+def _convert(reader: Reader, match: _Target, threads: int) -> None:
     """Fill one tensor whose dtype is not that of the file, a part at a time."""
     index, source = reader.index, reader.source
+    if reader.described.encodings.get(match.row) != index.encodings.get(match.row):
+        size = reader.described.dtype(match.row).itemsize
+        for where, first, shape in _parts(match.view.shape, size):
+            floats = read_part(source, index, match.row, first, shape, threads=threads)
+            match.adapter.fill(match.tensor[where], match.adapter.wrap(floats, {})[0])
+        return  # the format that has blocks has no checksums
     crc = 0
     for where, first, shape in _parts(match.view.shape, index.dtype(match.row).itemsize):
         batch = fetch.read_part(source, index, match.row, first, shape)
