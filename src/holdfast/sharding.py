@@ -187,7 +187,7 @@ def _make_folder(folder: str) -> bool:
 
 def _used(source: FolderSource) -> tuple[set[str], set[str]]:
     """The files of the checkpoint that a folder holds, and of others that have an index in it."""
-    indexes = [name for name in source.entries() if name.endswith(".index.json")]
+    indexes = [name for name in source.entries() if shards.is_index(name)]
     texts = source.read(indexes, most=shards.MOST)
     files = {
         name: shards.weight_files(text)

@@ -127,7 +127,7 @@ _READERS = (
 )
 
 #: Modules that read folders, likewise.
-_FOLDERS = ("shards", "oneflow_pickle", "oneflow_snapshot")
+_FOLDERS = ("shards", "oneflow_pickle", "oneflow_snapshot", "lone_file")
 
 #: What ``format=`` calls a format -> the module that writes it.
 _WRITERS = {
@@ -236,8 +236,8 @@ def recognise_folder(folder: Folder) -> FolderReading:
     shown = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
     raise IsADirectoryError(
         errno.EISDIR,
-        "Is a directory, and no checkpoint: expected snapshot_done, pickled_data or an index of "
-        f"shards in it, found {shown or 'nothing'}",
+        "Is a directory, and no checkpoint: expected snapshot_done, pickled_data, an index of "
+        f"shards or one file of weights in it, found {shown or 'nothing'}",
         folder.name,
     )
 

@@ -22,8 +22,13 @@ __all__ = [
     "LINKS",
     "MOST",
     "SINGLE",
+    "checkpoints",
+    "files_in",
     "index_folder",
+    "index_shards",
     "index_text",
+    "is_index",
+    "shard_index",
     "shard_names",
     "sniff",
     "sniff_folder",
@@ -36,15 +41,28 @@ LINKS = True
 
 #: An index beyond this is none: a hundred bytes each for ten million tensors.
 MOST = 1 << 28
-#: What the index is called, and single files that need none, in the order in which they are taken.
+#: What is written here.
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_INDEXES = (
+#: What Hugging Face's tools call a checkpoint, in the order in which one of several is taken. Each
+#: may have the name of a variant ("fp16") in it.
+_NAMES = (
     INDEX,
+    SINGLE,
     "pytorch_model.bin.index.json",
     "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
 )
-_SINGLES = (SINGLE, "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
-_SUFFIX = ".index.json"
+_RANKS = {name: rank for rank, name in enumerate(_NAMES)}
+#: Such a name: its stem, a variant (which stands in one of three places), and its ending.
+_NAME = re.compile(
+    r"(?P<stem>[a-z_]+)(?:\.(?P<single>[^.]+))?\.(?P<end>safetensors|bin)"
+    r"(?:(?:\.(?P<old>[^.]+))?(?P<index>\.index)(?:\.(?P<new>[^.]+))?\.json)?"
+)
+_ISINDEX = re.compile(r".*\.index(\.[^.]+)?\.json", re.DOTALL)
+_ISSHARD = re.compile(r".*-\d{5}-of-\d{5}(\.[^.]+)?\.[a-z]+", re.DOTALL)
 
 _KEY = "holdfast"
 _VERSION = 1
@@ -65,32 +83,59 @@ def sniff(prefix: bytes, size: int) -> bool:  # noqa: ARG001
     return text[:1] == b"{" and b"\0" not in prefix[:8]
 
 
+def is_index(name: str) -> bool:
+    """Whether an index of shards could be called so."""
+    return _ISINDEX.fullmatch(name) is not None
+
+
+def files_in(folder: Folder) -> list[str]:
+    """Names of the files in a folder."""
+    return [name for name, kind in folder.entries().items() if kind in ("file", "link")]
+
+
 def sniff_folder(folder: Folder) -> bool:
     """Whether a folder has such an index, or the one file that needs none."""
-    return bool(_index_of(folder) or _single_of(folder))
+    return len(checkpoints(folder)) == 1
 
 
-def _index_of(folder: Folder) -> str:
-    """Name of the index in a folder, or nothing where a single file comes before it."""
-    found = [name for name, kind in folder.entries().items() if kind in ("file", "link")]
-    if INDEX not in found and SINGLE in found:
-        return ""
-    known = next((name for name in _INDEXES if name in found), "")
-    others = [name for name in found if name.endswith(_SUFFIX)]
-    if not known and len(others) > 1:
-        raise FormatError(
-            f"{folder.name}: expected one index of shards, found {', '.join(map(short, others))}: "
-            "give the path of one"
-        )
-    return known or "".join(others)
+def _parsed(name: str) -> tuple[int, str] | None:
+    """Where a name of Hugging Face's comes in the order, and its variant; None for another."""
+    match = _NAME.fullmatch(name)
+    if match is None or _ISSHARD.fullmatch(name):
+        return None
+    stem, end, *variants = match.group("stem", "end", "single", "old", "new")
+    said = [variant for variant in variants if variant is not None]
+    rank = _RANKS.get(f"{stem}.{end}" + (".index.json" if match["index"] else ""))
+    if rank is None or len(said) > 1:
+        return None
+    return rank, "".join(said)
 
 
-def _single_of(folder: Folder) -> str:
-    """Name of the file in a folder that is the whole checkpoint, or nothing."""
-    found = [name for name, kind in folder.entries().items() if kind in ("file", "link")]
-    known = next((name for name in _SINGLES if name in found), "")
-    others = [name for name in found if name.endswith(".safetensors")]
-    return known or (others[0] if len(others) == 1 else "")
+def checkpoints(folder: Folder) -> list[str]:
+    """Names of what could be the checkpoint in a folder: indexes, and files with a known name.
+
+    Of one variant in several formats one is here, of several variants each; but where there is
+    one without a variant, that alone.
+    """
+    found = files_in(folder)
+    known: dict[str, tuple[int, str]] = {}
+    others = []
+    for name in found:
+        parsed = _parsed(name)
+        if parsed is not None:
+            rank, variant = parsed
+            known[variant] = min((rank, name), known.get(variant, (rank, name)))
+        elif is_index(name):
+            others.append(name)
+    if "" in known:
+        return [known[""][1]]
+    names = [name for _, name in known.values()] + others
+    indexes = [name for name in names if is_index(name)]
+    if not indexes or len(names) == 1:
+        return sorted(names)
+    texts = folder.read(indexes, most=MOST)
+    shards = set().union(*(weight_files(text) for text in texts if text is not None))
+    return sorted(name for name in names if name not in shards)
 
 
 def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noqa: ARG001
@@ -101,10 +146,15 @@ def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noq
     FormatError
         The index or a shard is damaged, a shard or a tensor is missing, or stands in two.
     """
-    start = getattr(folder, "start", "") or _index_of(folder)
-    if not start:
-        name = _single_of(folder)
-        return merge(folder.name, [(name, _shard(folder.part(name), verify), None)])
+    start = getattr(folder, "start", "")
+    name = start or checkpoints(folder)[0]
+    if start or is_index(name):
+        return index_shards(folder, name, verify)
+    return merge(folder.name, [(name, shard_index(folder.part(name), verify), None)])
+
+
+def index_shards(folder: Folder, start: str, verify: bool) -> Index:
+    """Find the tensors of all shards that the index called `start` names."""
     name = f"{folder.name.rstrip('/')}/{start}"
     data = folder.read([start], most=MOST)[0]
     if data is None:
@@ -202,7 +252,7 @@ def _check_mark(mark: object, data: bytes, name: str) -> None:
         )
 
 
-def _shard(part: Part, verify: bool) -> Index:
+def shard_index(part: Part, verify: bool) -> Index:
     """The index of one shard, of whichever format."""
     from . import PREFIX, Reading, of_folders, recognise
 
@@ -211,7 +261,9 @@ def _shard(part: Part, verify: bool) -> Index:
         raise FormatError(f"{part.name}: expected a shard, found an index of shards")
     found = cast(Reading, form).index(part.read, part.size, part.name, verify=verify)
     if found.program is not None:
-        raise FormatError(f"{part.name}: expected a shard, found a program")
+        raise FormatError(
+            f"{part.name}: expected a file of tensors alone, found a program: give its path"
+        )
     return found
 
 
@@ -224,7 +276,7 @@ def _gather(folder: Folder, listing: _Listing, verify: bool) -> Index:
     shards = []
     for file, tensors in wanted.items():
         part = folder.part(file)
-        shard = _shard(part, verify)
+        shard = shard_index(part, verify)
         chosen, rest = select(shard, tensors, part.name)
         _check_rest(rest, listing, file, part.name)
         shards.append((file, shard, (tensors, chosen)))
