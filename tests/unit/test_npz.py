@@ -399,3 +399,53 @@ def test_a_stream_that_cannot_seek() -> None:
     os.close(write)
     with open(read, "rb") as stream:
         assert same(holdfast.load(stream), SAMPLE)
+
+
+def test_many_arrays_of_all_kinds_of_headers(tmp_path: Path) -> None:
+    """Whose headers are read together, alike and not, and those among them that stand apart."""
+    rng = np.random.default_rng(1)
+    made: dict[str, np.ndarray] = {}
+    for i in range(300):
+        made[f"like{i}"] = rng.integers(0, 99, (3, 4), np.int32)
+        made[f"shape{i}"] = rng.random((i % 7, 1 + i // 7))
+        if i % 10 == 0:
+            made[f"fortran{i}"] = np.asfortranarray(rng.random((4, 5)))
+            made[f"swapped{i}"] = rng.random(5).astype(">f8")
+            made[f"date{i}"] = np.array(["2020-01-01"] * 3, "M8[D]")
+            made[f"empty{i}"] = np.zeros((0, i), "f2")
+            made[f"scalar{i}"] = np.array(i)
+            made[f"long{i}"] = np.zeros(2, [(f"a field {k}", "u1") for k in range(9)])
+            made[f"large{i}"] = rng.integers(0, 9, 40_000, np.uint8)
+    for savez in (np.savez, np.savez_compressed, holdfast.save):
+        path = tmp_path / f"{savez.__name__}.npz"
+        if savez is holdfast.save:
+            holdfast.save(made, path)
+        else:
+            savez(path, **made)
+        found = holdfast.load(path, framework="numpy")
+        assert list(found) == list(made)
+        for name, array in made.items():
+            assert found[name].dtype.newbyteorder("=") == array.dtype.newbyteorder("="), name
+            assert found[name].shape == array.shape and np.array_equal(found[name], array), name
+        with holdfast.open(path, framework="numpy") as f:
+            assert np.array_equal(f["fortran290"], made["fortran290"])
+
+
+@pytest.mark.parametrize("at", [0, 17, 199])
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (b"\x93NUMPX\x01\x00" + bytes(200), "expected an array of NumPy"),
+        (b"\x93NUMPY\x01\x00\xff\xff" + bytes(200), "header: needs 65545 bytes"),
+        (b"\x93NUMPY\x07\x00" + bytes(200), r"expected version 1\.0"),
+        (member(np.zeros(4))[:-1], "expected 32 bytes of elements"),
+        (member(np.zeros(4)).replace(b"'<f8'", b"'<f7'"), "header: dtype"),
+        (b"\x93NUM", "expected an array of NumPy"),
+    ],
+)
+def test_the_one_of_many_that_is_wrong_is_named(at: int, wrong: bytes, text: str) -> None:
+    records = [
+        Record(f"a{i}.npy", wrong if i == at else member(np.full(4, float(i)))) for i in range(200)
+    ]
+    with pytest.raises(FormatError, match=rf"array 'a{at}': .*{text}|array 'a{at}': {text}"):
+        load(build(records))

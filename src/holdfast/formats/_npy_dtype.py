@@ -8,6 +8,7 @@ comment in the header says what they are.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 
 from ..dtypes import BY_NAME, DTYPES
 
-__all__ = ["KIND", "Element", "describe", "read_dtype"]
+__all__ = ["KIND", "Element", "describe", "read_dtype", "read_plain"]
 
 #: What a kind of the adapter for NumPy begins with, where it names the dtype.
 KIND = "numpy:dtype:"
@@ -93,6 +94,12 @@ def read_dtype(descr: object, hint: str | None) -> Element:
     spec, dtype = _spec(descr, 0)
     text = spec if isinstance(spec, str) else json.dumps(spec, separators=(",", ":"))
     return Element(_BYTES, dtype.itemsize, KIND + text)
+
+
+@functools.lru_cache(maxsize=64)
+def read_plain(descr: str) -> Element:
+    """What :func:`read_dtype` says of a short text without a hint, found out once for each."""
+    return read_dtype(descr, None)
 
 
 def _hinted(match: re.Match[str] | None, descr: str, hint: str) -> Element:

@@ -6,8 +6,10 @@ A magic number, a version, a length, and the text of a Python dict: ``descr``, `
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +17,21 @@ import numpy as np
 from ..errors import FormatError
 from ..layout import ENTRY, FOREIGN, STORAGE, Index
 from ..views import TensorBatch, dense_strides
-from ._npy_dtype import KIND, Element, describe, read_dtype
+from ._npy_dtype import KIND, Element, describe, read_dtype, read_plain
 from ._npy_literal import read_literal
 from ._records import NameList
 
-__all__ = ["MAGIC", "MAX_HEADER", "PREFIX", "Columns", "Header", "emit", "heads", "length", "parse"]
+__all__ = [
+    "MAGIC",
+    "MAX_HEADER",
+    "PREFIX",
+    "Header",
+    "emit",
+    "heads",
+    "index_of",
+    "length",
+    "parse",
+]
 
 MAGIC = b"\x93NUMPY"
 #: As many bytes tell how long any header is.
@@ -129,7 +141,7 @@ def parse(head: bytes, where: str) -> Header:
             f"{where}: header: expected True or False as fortran_order, found {str(fortran)[:80]}"
         )
     try:
-        element = read_dtype(descr, hint)
+        element = read_plain(usual[1].decode()) if usual else read_dtype(descr, hint)
     except ValueError as error:
         raise FormatError(f"{where}: header: dtype {str(error)[:400]}") from None
     _check_shape(shape, element, where)
@@ -174,53 +186,63 @@ def _check_shape(shape: tuple[int, ...], element: Element, where: str) -> None:
 # -- the index -----------------------------------------------------------------------------------
 
 
-class Columns:
-    """Arrays that were found in a file, gathered to be its index."""
+def index_of(
+    found: Sequence[Header], which: np.ndarray, offsets: np.ndarray, names: list[str], end: int
+) -> Index:
+    """The index of a file's arrays, each a storage of its own, whose checksum is not known.
 
-    def __init__(self) -> None:
-        self._rows: list[tuple[int, int, int, int, int]] = []  # the columns of ENTRY but the last
-        self._dims: list[int] = []
-        self._strides: list[int] = []
-        self._flags: list[int] = []
-        self._fortran = False
-        self.kinds: dict[int, str] = {}
+    Parameters
+    ----------
+    found : sequence of Header
+    which : ndarray of int64
+        The one that each array has.
+    offsets : ndarray of uint64
+        Where the elements of each stand.
+    names : list of str
+    end : int
+        Where the file ends.
+    """
+    shapes, strides = [], []
+    for head in found:
+        shape, steps = head.shape, _strides(head.shape, head.element.itemsize, head.fortran)
+        if head.element.kind:
+            shape, steps = (*shape, head.element.itemsize), (*steps, 1)
+        shapes.append(shape)
+        strides.append(steps)
+    ndim = np.array([len(shape) for shape in shapes], np.int64)
+    own = np.cumsum(ndim) - ndim
+    counts = ndim[which]
+    starts = np.cumsum(counts) - counts
+    at = np.repeat(own[which] - starts, counts) + np.arange(int(counts.sum()))
+    entries = np.zeros(len(names), ENTRY)
+    entries["offset"] = offsets
+    entries["nbytes"] = np.array([head.size for head in found], np.uint64)[which]
+    entries["dims"], entries["ndim"] = starts, counts
+    entries["dtype"] = np.array([head.element.code for head in found], np.int16)[which]
+    storages = np.zeros(len(names), STORAGE)
+    for column in ("offset", "nbytes", "dtype"):
+        storages[column] = entries[column]
+    flags = [FOREIGN if head.element.swapped else 0 for head in found]
+    storages["flags"] = np.array(flags, np.uint16)[which]
+    fortran = any(head.fortran and len(head.shape) > 1 for head in found)
+    kinds = {number: head.element.kind for number, head in enumerate(found) if head.element.kind}
+    return Index(
+        NameList(names),
+        entries,
+        _flat(shapes)[at],
+        {},
+        framework="numpy",
+        end=end,
+        strides=_flat(strides)[at] if fortran else None,
+        storages=storages,
+        storage=np.arange(len(names), dtype=np.int64),
+        kinds={i: kinds[k] for i, k in enumerate(which.tolist()) if k in kinds} if kinds else {},
+    )
 
-    def add(self, head: Header, offset: int) -> None:
-        """One more, whose elements stand at `offset`."""
-        element, shape = head.element, head.shape
-        if element.kind:
-            self.kinds[len(self._rows)] = element.kind
-            strides = _strides(shape, element.itemsize, head.fortran)
-            shape, strides = (*shape, element.itemsize), (*strides, 1)
-        else:
-            strides = _strides(shape, element.itemsize, head.fortran)
-        self._rows.append((offset, head.size, len(self._dims), element.code, len(shape)))
-        self._dims += shape
-        self._strides += strides
-        self._flags.append(FOREIGN if element.swapped else 0)
-        self._fortran |= head.fortran and len(head.shape) > 1
 
-    def index(self, names: list[str], end: int) -> Index:
-        """The index, in which every array is a storage of its own, whose checksum is not known."""
-        entries = np.zeros(len(names), ENTRY)
-        for i, column in enumerate(("offset", "nbytes", "dims", "dtype", "ndim")):
-            entries[column] = [row[i] for row in self._rows]
-        storages = np.zeros(len(names), STORAGE)
-        for column in ("offset", "nbytes", "dtype"):
-            storages[column] = entries[column]
-        storages["flags"] = self._flags
-        return Index(
-            NameList(names),
-            entries,
-            np.array(self._dims, np.int64),
-            {},
-            framework="numpy",
-            end=end,
-            strides=np.array(self._strides, np.int64) if self._fortran else None,
-            storages=storages,
-            storage=np.arange(len(names), dtype=np.int64),
-            kinds=self.kinds,
-        )
+def _flat(extents: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """All of them, end to end."""
+    return np.array(list(itertools.chain.from_iterable(extents)), np.int64)
 
 
 def _strides(shape: tuple[int, ...], itemsize: int, fortran: bool) -> tuple[int, ...]:

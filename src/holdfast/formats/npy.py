@@ -11,7 +11,7 @@ from ..errors import FormatError
 from ..layout import Index, Pieces, Plan
 from ..views import TensorBatch
 from . import Read
-from ._npy_header import MAGIC, PREFIX, Columns, heads, length, parse
+from ._npy_header import MAGIC, PREFIX, heads, index_of, length, parse
 
 __all__ = ["METADATA", "NEEDS_SIZE", "STRUCTURE", "index", "plan", "seal", "sniff"]
 
@@ -50,9 +50,8 @@ def index(read: Read, size: int, name: str, *, verify: bool = True) -> Index:  #
             f"{name}: expected {head.size} bytes of elements at offset {nbytes}, found "
             f"{max(size - nbytes, 0)}: the file ends at {size}"
         )
-    columns = Columns()
-    columns.add(head, nbytes)
-    found = columns.index([_NAME], end)
+    offset = np.array([nbytes], np.uint64)
+    found = index_of([head], np.zeros(1, np.int64), offset, [_NAME], end)
     kind = head.element.kind
     found.tree = [0, kind] if kind else [0]
     found.format = "npy"

@@ -8,8 +8,7 @@ header is as long as it takes for the elements to begin at a multiple of 64.
 from __future__ import annotations
 
 import itertools
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -19,10 +18,10 @@ from ..views import TensorBatch
 from . import Read
 from ._crc import shift
 from ._header_text import short
-from ._npy_header import PREFIX, Columns, Header, heads, length, parse
+from ._npy_header import heads, index_of
 from ._npz_emit import Skeleton
+from ._npz_headers import read_headers
 from ._zip import Directory
-from ._zip_inflate import exactly
 
 __all__ = ["METADATA", "STRUCTURE", "claims", "index", "plan", "seal"]
 
@@ -34,13 +33,6 @@ _SUFFIX = ".npy"
 #: Arrays smaller than this have their checksums computed before anything is written, so that the
 #: headers, which have them, are written along with the arrays.
 _EARLY = 4 << 20
-
-#: Bytes that are read for a header at first, which is all of most.
-_FIRST = 128
-#: Records so close to each other are read together, so many bytes of them.
-_NEAR, _WINDOW = 16 << 10, 1 << 20
-#: Bytes of a deflated record that are read at once to get at its header.
-_PACKED = 512
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -77,27 +69,24 @@ def index(
             )
         names.append(text[: -len(_SUFFIX)])
     records = directory.rows[rows]
-    columns = Columns()
-    sums, lengths = [], []
-    known: dict[bytes, Header] = {}
-    for i, raw in _headers(read, records, names, name):
-        head = known.get(raw)
-        if head is None:
-            head = known[raw] = parse(raw, f"{name}: array {short(names[i])}")
-        offset, nbytes = int(records["offset"][i]), int(records["size"][i])
-        if nbytes != head.nbytes + head.size:
-            raise FormatError(
-                f"{name}: array {short(names[i])}: expected {head.size} bytes of elements after "
-                f"{head.nbytes} of the header at offset {offset}, found {nbytes - head.nbytes}"
-            )
-        columns.add(head, offset + head.nbytes)
-        sums.append(zlib.crc32(raw))
-        lengths.append(head.nbytes)
-    found = columns.index(names, directory.end)
-    _fill(found, records, np.array(sums, np.uint32), np.array(lengths, np.uint64))
-    found.format = "npz"
-    found.others = _nothing
-    return found
+    found = read_headers(read, records, names, name)
+    lengths = np.array([head.nbytes for head in found.heads], np.int64)[found.which]
+    sizes = np.array([head.size for head in found.heads], np.int64)[found.which]
+    bad = np.flatnonzero(records["size"].astype(np.int64) != lengths + sizes)
+    if len(bad):
+        i = int(bad[0])
+        raise FormatError(
+            f"{name}: array {short(names[i])}: expected {sizes[i]} bytes of elements after "
+            f"{lengths[i]} of the header at offset {int(records['offset'][i])}, found "
+            f"{int(records['size'][i]) - lengths[i]}"
+        )
+    offsets = records["offset"] + lengths.astype(np.uint64)
+    made = index_of(found.heads, found.which, offsets, names, directory.end)
+    sums = np.array(found.sums, np.uint32)[found.which]
+    _fill(made, records, sums, lengths.astype(np.uint64))
+    made.format = "npz"
+    made.others = _nothing
+    return made
 
 
 def _fill(index: Index, records: np.ndarray, sums: np.ndarray, lengths: np.ndarray) -> None:
@@ -119,89 +108,6 @@ def _fill(index: Index, records: np.ndarray, sums: np.ndarray, lengths: np.ndarr
 def _nothing() -> tuple[np.ndarray, list[str]]:
     """No records besides those of arrays, and of these nothing that their checksums do not say."""
     return np.zeros(0, STORAGE), []
-
-
-def _headers(
-    read: Read, records: np.ndarray, names: list[str], name: str
-) -> Iterator[tuple[int, bytes]]:
-    """Position and header of each record, in the order of `records`."""
-    where = [f"{name}: array {short(text)}" for text in names]
-    windows = _windows(records)
-    at, data = 0, b""
-    for i, (offset, nbytes, packed, method) in enumerate(
-        records[["offset", "size", "packed", "method"]].tolist()
-    ):
-        if method:
-            yield i, _inflated(read, offset, packed, where[i], name)
-            continue
-        if windows[i]:
-            at, data = offset, exactly(read, offset, windows[i], name)
-        first = data[offset - at : offset - at + min(nbytes, _FIRST)]
-        total = length(first, where[i])
-        if total > nbytes:
-            raise FormatError(
-                f"{where[i]}: header: needs {total} bytes at offset {offset}, found {nbytes}"
-            )
-        if total <= len(first):
-            yield i, first[:total]
-        else:
-            yield i, exactly(read, offset, total, name)
-
-
-def _windows(records: np.ndarray) -> list[int]:
-    """For each record how many bytes to read from it on, to have the headers of those after it.
-
-    0 for those that are had by then.
-    """
-    stored = records["method"] == 0
-    offsets = records["offset"].tolist()
-    first = np.minimum(records["size"], _FIRST).tolist()
-    found = [0] * len(records)
-    start = -1
-    for i, plain in enumerate(stored.tolist()):
-        end = offsets[i] + first[i]
-        if not plain:
-            start = -1
-        elif (
-            start >= 0
-            and 0 <= offsets[i] - offsets[i - 1] <= _NEAR
-            and end - offsets[start] <= _WINDOW
-        ):
-            found[start] = end - offsets[start]
-        else:
-            start, found[i] = i, first[i]
-    return found
-
-
-def _inflated(read: Read, offset: int, packed: int, where: str, name: str) -> bytes:
-    """The header of a record that is deflated, of which no more is inflated than that takes."""
-    machine = zlib.decompressobj(-zlib.MAX_WBITS)
-    out = b""
-    done = 0
-
-    def fill(total: int) -> None:
-        nonlocal out, done
-        data = machine.unconsumed_tail
-        while len(out) < total:
-            part = b"" if machine.eof else machine.decompress(data, total - len(out))
-            out, data = out + part, machine.unconsumed_tail
-            if part or (data and not machine.eof):
-                continue
-            if machine.eof or done >= packed:
-                raise FormatError(
-                    f"{where}: header: needs {total} bytes, its deflated data at offset {offset} "
-                    f"are {len(out)}"
-                )
-            data = exactly(read, offset + done, min(_PACKED, packed - done), name)
-            done += len(data)
-
-    try:
-        fill(PREFIX)
-        total = length(out, where)
-        fill(total)
-    except zlib.error as error:
-        raise FormatError(f"{where}: is no deflated data: {error}") from None
-    return out[:total]
 
 
 # -- writing -------------------------------------------------------------------------------------
