@@ -299,6 +299,8 @@ def read(fds, segments, *, layouts=None, int threads=0, bint checksum=True, prog
             rc = hold_read(files, nfds, rows.rows, rows.n, &options, &report)
     finally:
         free(files)
+    if rc == HOLD_ESHORT:  # what was asked for may begin behind the end
+        report.offset = min(report.offset, <uint64_t>os.fstat(fds[report.file]).st_size)
     named = filenames is not None and report.file < len(filenames)
     check_transfer(rc, &report, rows, caller, filenames[report.file] if named else None)
 

@@ -6,6 +6,7 @@ Everything here is the simplest thing that is right. Rows and layouts are those 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import io
@@ -219,7 +220,7 @@ def read(
         part = segments[rows]
         inner = [(k, *found[i][1:]) for k, i in enumerate(rows.tolist()) if i in found]
         _read(
-            lambda data, at, fd=fd: _fill(lambda rest, off: os.preadv(fd, [rest], off), data, at),  # type: ignore[misc]
+            _getter(fd),
             part,
             inner,
             checksum,
@@ -228,6 +229,16 @@ def read(
         )
         segments["crc"][rows] = part["crc"]
         before += int(part["nbytes"].sum())
+
+
+def _getter(fd: int) -> _Get:
+    """What reads a file. What it says there was is negative where the file ends further ahead."""
+
+    def get(data: memoryview, at: int) -> int:
+        n = _fill(lambda rest, offset: os.preadv(fd, [rest], offset), data, at)
+        return n if n == len(data) else min(n, os.fstat(fd).st_size - at)
+
+    return get
 
 
 def _fill(get: _Get, data: memoryview, at: int) -> int:
@@ -293,6 +304,7 @@ def read_stream(
     """
     position = 0
     seekable = hasattr(file, "seekable") and file.seekable()
+    origin = file.tell() if seekable else 0
     readinto = getattr(file, "readinto", None)
 
     def take(data: memoryview, _at: int) -> int:
@@ -319,6 +331,10 @@ def read_stream(
             position += n
         n = _fill(take, data, at)
         position += n
+        if n < len(data) and seekable:  # it may have ended before the place that was sought
+            with contextlib.suppress(OSError, ValueError):
+                position = file.seek(0, os.SEEK_END) - origin
+                return min(n, position - at)
         return n
 
     _read(get, segments, layouts, checksum, progress, name)

@@ -289,6 +289,13 @@ def convert(
     FormatError, TypeError, ValueError, OSError
         As :func:`load` and :func:`save` do; `dst` is then what it was.
 
+    Warnings
+    --------
+    `src` is mapped while it is converted: do not cut it meanwhile. One that was cut before the map
+    is a FormatError; one that is cut under it is a SIGBUS, for whatever is compared before a page
+    is touched can be untrue when it is. A pipe is read, not mapped, for a file that others may cut.
+    `dst` is what it was in any case.
+
     Examples
     --------
     >>> import numpy, tempfile, holdfast

@@ -274,9 +274,21 @@ class Source:
         if len(data) < nbytes:
             raise FormatError(
                 f"{self.name}: needs {nbytes} bytes at offset {offset}, "
-                f"file ends at {offset + len(data)}"
+                f"file ends at {self._end(offset + len(data))}"
             )
         return data
+
+    def _end(self, reached: int) -> int:
+        """Where the file ends, of which nothing was found from `reached` on: there, or before."""
+        if self.fd >= 0:
+            return min(reached, os.fstat(self.fd).st_size)
+        if self._origin < 0:
+            return min(reached, len(self._head))
+        assert self.stream is not None
+        with self._lock:
+            self.stream.seek(self._origin)
+            left = _remaining(self.stream)
+        return min(reached, left) if left >= 0 else reached
 
     def settle(self) -> None:
         """Learn the size of a stream that cannot tell it, by taking all of it into memory."""

@@ -187,7 +187,7 @@ def test_several_files_strides_and_sums_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [12 * MIB, 12 * MIB + 5])
-@pytest.mark.parametrize("start", [0, 5, 12 * MIB - 3])
+@pytest.mark.parametrize("start", [0, 5, 12 * MIB - 3, 17 * MIB])
 def test_a_cold_file_too_short(tmp_path: Path, size: int, start: int) -> None:
     fd = make(tmp_path / "file", "cold")
     os.ftruncate(fd, size)

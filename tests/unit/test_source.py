@@ -19,6 +19,7 @@ import pytest
 
 import holdfast
 from holdfast.errors import FormatError
+from holdfast.layout import SEGMENT
 from holdfast.source import Source, open_source
 
 NUMPY: dict[str, Any] = {"framework": "numpy"}
@@ -271,3 +272,33 @@ def test_large_reads_and_ends(tmp_path: Path) -> None:
 def test_what_is_no_file(make: Any) -> None:
     with pytest.raises(TypeError, match="binary file object|mode 'rb'"):
         holdfast.load(make())
+
+
+@pytest.mark.parametrize("way", ["path", "file object", "stream", "pipe"])
+def test_where_a_file_ends_is_told_truly(tmp_path: Path, way: str) -> None:
+    """Also of what begins behind its end, where nothing is found."""
+    path = tmp_path / "x"
+    path.write_bytes(DATA[:1000])
+    with open(path, "rb") as f:
+        streams: dict[str, Any] = {
+            "path": path,
+            "file object": f,
+            "stream": io.BytesIO(DATA[:1000]),
+            "pipe": Once(DATA[:1000], 70),
+        }
+        source = source_of(streams[way]) if way == "pipe" else open_source(streams[way])
+        for offset in (900, 1000, 5000):
+            with pytest.raises(FormatError, match=rf"at offset {offset}, file ends at 1000$"):
+                source.read(offset, 200)
+        if way == "stream":
+            streams[way].truncate(300)
+        elif way != "pipe":
+            os.truncate(path, 300)
+        if way != "pipe":
+            segments = np.zeros(1, SEGMENT)
+            segments["offset"], segments["nbytes"] = 600, 100
+            with pytest.raises(FormatError, match="at offset 600, file ends at 300$"):
+                source.move(segments, checksum=False)
+            with pytest.raises(FormatError, match="at offset 600, file ends at 300$"):
+                source.read(600, 100)
+        source.close()
