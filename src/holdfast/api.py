@@ -380,6 +380,7 @@ def load_into(
 
     The bytes are read into the memory that the tensors have, strided or not, so that the model is
     never in memory twice. Where a dtype differs it is converted, a part of a tensor at a time.
+    Of a folder that OneFlow wrote before it said what is in one, types and shapes are the target's.
 
     Parameters
     ----------
@@ -411,8 +412,8 @@ def load_into(
     Raises
     ------
     RuntimeError
-        Shapes differ, or with `strict` the names do; in the words of torch, before any tensor
-        is touched.
+        Shapes differ (or numbers of bytes, where the folder does not say shapes), or with `strict`
+        the names do; in the words of torch, before any tensor is touched.
     ValueError
         A tensor of the target is read-only or expanded; `rename` is no regular expression, or makes
         one name of two.

@@ -14,7 +14,7 @@ import numpy as np
 from . import _engine, adapters, fetch, formats, objects, tree
 from .dequantize import dequantize, dequantized
 from .destinations import destination
-from .errors import FormatError
+from .errors import FormatError, warn
 from .fetch import Destination
 from .folder import FolderSource, Origin, beside, open_origin
 from .layout import Entry, Index
@@ -39,16 +39,23 @@ class Reader:
         Whether the checksum of the header is checked.
     strict : bool
         Whether a folder that was not saved to its end is an error rather than a warning.
+    guess : bool
+        Whether types and shapes that the checkpoint does not say are used as the format guesses
+        them, with a warning.
     """
 
     __slots__ = ("_kinds", "_paths", "described", "index", "source")
 
-    def __init__(self, source: Origin, *, verify: bool = True, strict: bool = False) -> None:
+    def __init__(
+        self, source: Origin, *, verify: bool = True, strict: bool = False, guess: bool = True
+    ) -> None:
         self.source = source
         self._kinds: dict[int, str] | None = None
         self._paths: dict[str, int] | None = None
         try:
             self.index = self._index(verify, strict)
+            if guess and self.index.guess is not None:
+                warn(self.index.guess.warning)
         except BaseException:
             self.source.close()
             raise

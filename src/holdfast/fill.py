@@ -66,7 +66,7 @@ def fill_from(
     """What :func:`holdfast.load_into` does."""
     rules = _rules(rename)
     named = _named_tensors(target)
-    with Reader(open_origin(f)) as reader:
+    with Reader(open_origin(f), guess=False) as reader:
         if dequantize:
             reader.described = dequantized(reader.index)
         stored = {
@@ -82,6 +82,9 @@ def fill_from(
             [name for name in stored if name not in named],
         )  # fmt: skip
         _refuse(target, reader, matches, keys if strict else None)
+        if reader.index.guess is not None:
+            said = {match.row: (match.view.dtype, match.view.shape) for match in matches}
+            reader.index = reader.described = reader.index.guess.told(said)
         _fill(reader, matches, threads, staging)
     return keys
 
@@ -190,7 +193,15 @@ def _refuse(
         problems.append(f"Unexpected key(s) in state_dict: {_quoted(keys.unexpected_keys)}. ")
     for match in matches:
         shape = reader.described.shape(match.row)
-        if shape != match.view.shape:
+        if reader.index.guess is not None:
+            found, needed = int(reader.index.entries["nbytes"][match.row]), match.view.nbytes
+            if found != needed:
+                problems.append(
+                    f"size mismatch for {match.name}: {match.view.dtype.name} of shape "
+                    f"{match.adapter.shape_text(match.view.shape)} in the current model needs "
+                    f"{needed} bytes, the checkpoint has {found} and does not say of what type."
+                )
+        elif shape != match.view.shape:
             problems.append(
                 f"size mismatch for {match.name}: copying a param with shape "
                 f"{match.adapter.shape_text(shape)} from checkpoint, the shape in current model is "

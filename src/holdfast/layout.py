@@ -29,6 +29,7 @@ __all__ = [
     "Entry",
     "Folder",
     "FolderPlan",
+    "Guess",
     "Index",
     "Names",
     "Part",
@@ -135,6 +136,23 @@ class Entry:
     encoding: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What there is to know of a checkpoint that says neither types nor shapes of its tensors.
+
+    Attributes
+    ----------
+    warning : str
+        What those are told who have no better source than the index.
+    told : callable
+        Given type and shape of some entries, of just as many bytes as those have, returns the index
+        in which they are these.
+    """
+
+    warning: str
+    told: Callable[[Mapping[int, tuple[DType, tuple[int, ...]]]], Index]
+
+
 @dataclass(slots=True)
 class Index:
     """Where the tensors of a checkpoint stand: what a format's ``parse`` returns.
@@ -195,6 +213,8 @@ class Index:
     others : callable or None
         Returns the runs of bytes besides `storages` that the file has a CRC-32 of, as rows of
         STORAGE, and what they are called. Called where all of the file is to be checked.
+    guess : Guess or None
+        Where types and shapes are guessed of the sizes.
     """
 
     names: Names
@@ -221,6 +241,7 @@ class Index:
     program: str | None = None
     users: np.ndarray | None = field(default=None, repr=False)
     others: Callable[[], tuple[np.ndarray, Sequence[str]]] | None = None
+    guess: Guess | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.entries)

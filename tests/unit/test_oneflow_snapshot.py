@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from holdfast.checkpoint import Reader
+from holdfast.dtypes import BY_NAME
 from holdfast.errors import FormatError
 from holdfast.folder import FolderSource
 from holdfast.formats import oneflow_pickle, oneflow_snapshot
@@ -136,16 +138,41 @@ def test_the_oldest_snapshots(tmp_path: Path) -> None:
         (folder / name).mkdir(parents=True)
         (folder / name / "out").write_bytes(data)
     (folder / "snapshot_done").write_bytes(b"")
+    found = index_folder(folder, strict=True)
+    assert found.guess is not None
     with pytest.warns(UserWarning, match="neither types nor shapes of the 5 tensors") as warned:
-        found = index_folder(folder, strict=True)
+        Reader(FolderSource(folder)).source.close()
     assert len(warned) == 1
-    assert str(folder) in str(warned[0].message)
+    assert str(warned[0].message) == found.guess.warning
+    assert str(folder) in found.guess.warning
     got = folder_values(folder, found)
     assert_same(got["conv1-weight"], WEIGHT.reshape(-1))
     assert (got["linear.bias"].dtype, got["linear.bias"].tolist()) == ("<f4", [0, 0])
     assert (got["odd"].dtype, got["odd"].tobytes()) == ("u1", b"abc")
     assert (got["no"].dtype, got["no"].shape) == ("<f4", (0,))
     assert (got[step].dtype, got[step].tolist()) == ("<i8", [7])
+
+
+def test_the_oldest_snapshots_once_told_what_they_hold(tmp_path: Path) -> None:
+    folder = tmp_path / "ckpt"
+    contents = {"a": WEIGHT.tobytes(), "b": bytes(range(6)), "c": bytes(8), "wide": bytes(8)}
+    for name, data in contents.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "out").write_bytes(data)
+    (folder / "snapshot_done").write_bytes(b"")
+    found = index_folder(folder, strict=True)
+    assert found.guess is not None
+    kinds = {0: ("float32", (2, 3)), 1: ("uint8", (3, 2, 1)), 3: ("bfloat16", (4,))}
+    told = found.guess.told({row: (BY_NAME[name], shape) for row, (name, shape) in kinds.items()})
+    assert told.guess is None
+    assert told.files == found.files
+    for row, (name, shape) in kinds.items():
+        assert (told.dtype(row).name, told.shape(row)) == (name, shape)
+    assert (told.dtype(2).name, told.shape(2)) == ("float32", (2,))
+    got = folder_values(folder, told)
+    assert_same(got["a"], WEIGHT)
+    assert got["b"].tobytes() == contents["b"]
+    assert told.storages is None  # bfloat16 stands there as it is
 
 
 def test_a_variable_that_alone_has_no_meta(tmp_path: Path) -> None:

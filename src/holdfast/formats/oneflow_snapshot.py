@@ -16,7 +16,7 @@ import numpy as np
 
 from ..dtypes import BY_NAME, DTYPES, DType
 from ..errors import FormatError, warn
-from ..layout import ENTRY, FOREIGN, STORAGE, Folder, Index
+from ..layout import ENTRY, FOREIGN, STORAGE, Folder, Guess, Index
 from ..views import dense_strides
 from ._oneflow_meta import parse_all, read_all
 from ._records import NameList
@@ -89,6 +89,8 @@ def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noq
     """Find the variables of a folder; a folder that is a variable itself has one.
 
     Names are paths: ``a/b`` is in a folder ``b`` in a folder ``a``. Files besides are passed over.
+    Of variables from before OneFlow wrote what they are, types and shapes are guessed, and the
+    index says so.
 
     Parameters
     ----------
@@ -100,7 +102,7 @@ def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noq
     Warns
     -----
     UserWarning
-        The save was interrupted, or variables are from before OneFlow wrote of what type they are.
+        The save was interrupted.
 
     Raises
     ------
@@ -132,7 +134,9 @@ def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noq
         raise FormatError(
             f"{folder.name}: tensor {names[int(gone[0])]!r}: {DATA!r} is gone meanwhile"
         )
-    said = _said(folder, paths, names, sizes)
+    said = _said(folder, paths, names)
+    if said is None:
+        return _guessed(folder.name, names, sizes, files)
     made = _index(folder.name, names, said, sizes)
     made.files = files
     return made
@@ -194,10 +198,8 @@ def _check(folder: Folder, path: str, known: Mapping[str, str | None]) -> None:
 # -- what they are -------------------------------------------------------------------------------
 
 
-def _said(
-    folder: Folder, paths: Sequence[str], names: Sequence[str], sizes: np.ndarray
-) -> list[_Said]:
-    """Type and shape of each variable."""
+def _said(folder: Folder, paths: Sequence[str], names: Sequence[str]) -> list[_Said] | None:
+    """Type and shape of each variable; None where they are said of none."""
     where = [f"{folder.name}: tensor {name!r}" for name in names]
     metas = [f"{path}/{META}" if path else META for path in paths]
     texts = read_all(folder, metas)
@@ -207,11 +209,27 @@ def _said(
     if found:
         row = texts.index(None)
         raise FormatError(f"{where[row]}: has no {META!r}, though others have one")
-    warn(
-        f"{folder.name}: has no {META!r} beside any {DATA!r}: neither types nor shapes of the "
-        f"{len(names)} tensors are known; they are taken for float32 of one dimension"
+    return None
+
+
+def _guessed(name: str, names: list[str], sizes: np.ndarray, files: list[str]) -> Index:
+    """The index of variables of which nothing is said but their sizes."""
+    guesses = [_guess(name, size) for name, size in zip(names, sizes.tolist(), strict=True)]
+
+    def told(known: Mapping[int, _Said]) -> Index:
+        said = [known.get(row, guess) for row, guess in enumerate(guesses)]
+        made = _index(name, names, said, sizes)
+        made.files = files
+        return made
+
+    found = told({})
+    warning = (
+        f"{name}: has no {META!r} beside any {DATA!r}: neither types nor shapes of the "
+        f"{len(names)} tensors are known; they are taken for float32 of one dimension "
+        "(load_into takes them from the model that it fills)"
     )
-    return [_guess(name, size) for name, size in zip(names, sizes.tolist(), strict=True)]
+    found.guess = Guess(warning, told)
+    return found
 
 
 def _guess(name: str, size: int) -> _Said:
