@@ -176,9 +176,9 @@ def load(
         the file has for it.
     mmap : bool, optional
         True maps the file: tensors are views of it, writable and private to the process, and cost
-        no read until they are touched. Many processes that map one file share one copy of it. False
-        reads into memory, with several threads. None maps on a local file system, and reads on a
-        network one and from file objects.
+        no read until they are touched (those of bool, whose bytes are made 0 or 1, are read). Many
+        processes that map one file share one copy of it. False reads into memory, with several
+        threads. None maps on a local file system, and reads on a network one and from file objects.
     framework : {"numpy", "torch", "oneflow", "jax", "cupy"}, optional
         What the tensors come back as. By default the framework that saved the file; where that is
         not installed or the file does not say, the first of torch, OneFlow and NumPy that is

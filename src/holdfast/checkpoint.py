@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from . import _engine, adapters, fetch, formats, objects, tree
+from .booleans import BOOL, settle
 from .dequantize import dequantize, dequantized
 from .destinations import destination
 from .errors import FormatError, warn
@@ -210,8 +211,9 @@ class Checkpoint(Mapping[str, Any]):
     """The tensors of a file by name, each read when it is asked for; made by :func:`holdfast.open`.
 
     Opening reads the header and nothing else. On a local file system tensors are views of a
-    private, writable map of the file and cost no read until they are touched; elsewhere, and for
-    file objects, each is read when asked for. Tensors stay valid after ``close``: they keep the
+    private, writable map of the file and cost no read until they are touched, but those of bool,
+    each byte of which has to be 0 or 1; elsewhere, and for file objects, each is read when asked
+    for. Tensors stay valid after ``close``: they keep the
     memory they need.
 
     Attributes
@@ -239,6 +241,7 @@ class Checkpoint(Mapping[str, Any]):
         self._threads = threads
         self._maps: Maps | None = None
         self._held: dict[int, Any] = {}
+        self._settled: set[int] = set()  # entries of bool whose mapped bytes were looked at
         self._closed = False
         index = self._reader.index
         self._adapter = adapters.choose(framework, index.framework)
@@ -394,7 +397,7 @@ class Checkpoint(Mapping[str, Any]):
 
     def _read(self, rows: np.ndarray, to: Destination | None) -> TensorBatch:
         index = self._reader.index
-        return fetch.read_tensors(
+        batch = fetch.read_tensors(
             self._reader.source,
             index,
             rows,
@@ -402,6 +405,7 @@ class Checkpoint(Mapping[str, Any]):
             threads=self._threads,
             to=to,
         )
+        return settle(index, batch)
 
     def _wrap(self, row: int) -> Any:
         self._check_open()
@@ -410,6 +414,10 @@ class Checkpoint(Mapping[str, Any]):
         to = self._destination(rows)
         if self._mapped and to is None:
             batch = fetch.map_tensors(self._reader.source, index, rows, self._map())
+            if index.entries["dtype"][row] == BOOL and row not in self._settled:
+                settle(index, batch)
+                if self._map().cover(batch.views["address"]).all():
+                    self._settled.add(row)
         else:
             batch = self._read(rows, to)
         return self._assembler(batch, rows, to).named({"": row})[""]
@@ -453,7 +461,7 @@ class Checkpoint(Mapping[str, Any]):
             start * math.prod(shape[1:]),
             (stop - start, *shape[1:]),
         )
-        part = self._adapter.wrap(batch, {})[0]
+        part = self._adapter.wrap(settle(self._reader.index, batch), {})[0]
         if self._location is not None:
             part = self._adapter.place(part, self._location)
         return part[(local,) + rest]

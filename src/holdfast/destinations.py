@@ -9,6 +9,7 @@ import numpy as np
 
 from . import objects, storages
 from .adapters import Adapter
+from .booleans import BOOL
 from .collect import opaque
 from .fetch import Destination
 from .folder import Origin
@@ -91,6 +92,11 @@ def _by_storages(
     del forced
     which = storages.used(index, rows)
     if not storages.plain(index, which).all() or any(map(opaque, kinds.values())):
+        return None
+    # What is bool for one tensor and bytes for another is put right in the memory of the host.
+    views = index.entries["dtype"][rows] == BOOL
+    mixed = views & (index.storages["dtype"][index.storage[rows]] != BOOL)  # type: ignore[index]
+    if mixed.any():
         return None
     tags = index.locations or ["cpu"] * len(index.storages)  # type: ignore[arg-type]
     codes: dict[str, int] = {}

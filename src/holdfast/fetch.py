@@ -13,6 +13,7 @@ import numpy as np
 
 from . import _engine, storages
 from ._buffer import Buffer
+from .booleans import BOOL, settle_bytes
 from .dtypes import DTYPES
 from .errors import ChecksumError
 from .folder import Origin
@@ -196,7 +197,7 @@ def read_tensors(
             storages.used(index, rows),
             verify=verify,
             place=_place if to is None else to.place,
-            move=move if to is None else bind(move, devices=to.devices, staging=to.staging),
+            move=move if to is None else _move_to(to, storages.booleans(index, rows)),
             threads=threads,
             progress=progress,
         )
@@ -207,15 +208,8 @@ def read_tensors(
     batch.views["address"], batch.owner, batch.owners = place(nbytes)
     segments = segments_of(index, rows)
     segments["address"] = batch.views["address"]
-    move(
-        source,
-        segments,
-        verify=verify,
-        threads=threads,
-        progress=progress,
-        devices=None if to is None else to.devices,
-        staging=None if to is None else to.staging,
-    )
+    bring = move if to is None else _move_to(to, batch.views["dtype"] == BOOL)
+    bring(source, segments, verify=verify, threads=threads, progress=progress)
     if verify:
         check(source.name, index, rows, segments)
     return batch
@@ -294,6 +288,7 @@ def move(
     threads: int = 0,
     progress: Progress | None = None,
     devices: np.ndarray | None = None,
+    booleans: np.ndarray | None = None,
     staging: Staging | None = None,
 ) -> None:
     """Read `segments`, which may come in any order; their checksums are filled in with `verify`.
@@ -305,6 +300,9 @@ def move(
     devices : ndarray of int32, optional
         Where the memory of each segment is; by default all of it is the host's. Others than the
         host's pass through it as `staging` says. The source is repeatable then.
+    booleans : ndarray of bool, optional
+        With `devices`, which segments are elements of type bool: they are made 0 or 1 on the way
+        (:mod:`holdfast.booleans`).
     """
     order = _order(segments)
     work = segments if order is None else np.ascontiguousarray(segments[order])
@@ -318,6 +316,7 @@ def move(
             source,
             work,
             devices if order is None else devices[order],
+            booleans if booleans is None or order is None else booleans[order],
             staging,
             verify=verify,
             threads=threads,
@@ -331,6 +330,7 @@ def _move_staged(
     source: Origin,
     segments: np.ndarray,
     devices: np.ndarray,
+    booleans: np.ndarray | None,
     settings: Staging | None,
     *,
     verify: bool,
@@ -352,6 +352,14 @@ def _move_staged(
             done += int(part.segments["nbytes"].sum())
             if verify:
                 part.join(segments)
+            if booleans is not None:
+                for i in np.flatnonzero(booleans[part.rows]).tolist():
+                    settle_bytes(int(part.segments["address"][i]), int(part.segments["nbytes"][i]))
+
+
+def _move_to(to: Destination, booleans: np.ndarray) -> Callable[..., None]:
+    """:func:`move`, to these devices."""
+    return bind(move, devices=to.devices, booleans=booleans, staging=to.staging)
 
 
 def _report(progress: Progress, before: int, done: int) -> object:

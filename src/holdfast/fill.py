@@ -14,6 +14,7 @@ import numpy as np
 
 from . import _engine, adapters, fetch, objects
 from .adapters import Adapter
+from .booleans import settle, settle_view
 from .checkpoint import Reader
 from .collect import by_adapter, join_kind, opaque
 from .dequantize import dequantized, read_part
@@ -306,6 +307,7 @@ def _copy(reader: Reader, match: _Target) -> None:
     """Fill one tensor whose elements do not stand in the file one after the other."""
     index, rows = reader.index, np.array([match.row], np.int64)
     batch = fetch.read_tensors(reader.source, index, rows, verify=fetch.checkable(index))
+    settle(index, batch)
     made = objects.assembler(
         index,
         batch,
@@ -362,6 +364,8 @@ def _read_into(
     )
     if verify:
         fetch.check(reader.source.name, index, rows, segments)
+    for match in matches:
+        settle_view(match.view)
 
 
 def _convert(reader: Reader, match: _Target, threads: int) -> None:
@@ -376,9 +380,10 @@ def _convert(reader: Reader, match: _Target, threads: int) -> None:
     crc = 0
     for where, first, shape in _parts(match.view.shape, index.dtype(match.row).itemsize):
         batch = fetch.read_part(source, index, match.row, first, shape)
-        match.adapter.fill(match.tensor[where], match.adapter.wrap(batch, {})[0])
         data = batch.owners[0]
         crc = _engine.crc32(memoryview(data)[: int(batch.views["nbytes"][0])], crc)  # type: ignore[arg-type]
+        settle(index, batch)
+        match.adapter.fill(match.tensor[where], match.adapter.wrap(batch, {})[0])
     has, expected = fetch.expected_crcs(index, np.array([match.row]))
     if has[0] and crc != int(expected[0]):
         raise ChecksumError(fetch.mismatch(source.name, index, match.row, crc))

@@ -11,6 +11,7 @@ import numpy as np
 from . import adapters, fetch, objects
 from .adapters import Adapter
 from .annotated import annotate
+from .booleans import settle
 from .checkpoint import Reader
 from .dequantize import dequantize, dequantized
 from .destinations import destination
@@ -171,7 +172,7 @@ def _raw(
     check = fetch.checkable(index) and (not mapped if options.verify is None else options.verify)
     with reporting(options.progress, fetch.total(index, rows)) as report:
         if not mapped:
-            return fetch.read_tensors(
+            batch = fetch.read_tensors(
                 source,
                 index,
                 rows,
@@ -180,10 +181,12 @@ def _raw(
                 progress=report,
                 to=to,
             )
+            return settle(index, batch)
         if check:
             fetch.verify_rows(source, index, rows, threads=options.threads, progress=report)
-        maps = source.maps(index, shared=True) if options.shared else None
-        return fetch.map_tensors(source, index, rows, maps)
+        if options.shared:  # what is written to its memory is written to the file
+            return fetch.map_tensors(source, index, rows, source.maps(index, shared=True))
+        return settle(index, fetch.map_tensors(source, index, rows))
 
 
 def _program(source: Origin, kind: str, options: LoadOptions) -> Any:

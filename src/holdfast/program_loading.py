@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from . import adapters, fetch
+from .booleans import settle
 from .errors import FormatError, UnsafeError
 from .formats import _zip, pt2, torchscript
 from .formats._records import NameList, Records
@@ -150,7 +151,7 @@ class _Weights:
             batch = fetch.read_tensors(
                 self.source, index, rows, verify=verify, threads=self.threads
             )
-        return adapters.by_name("torch").wrap(batch, kinds)
+        return adapters.by_name("torch").wrap(settle(index, batch), kinds)
 
     def _index(self, found: np.ndarray) -> Index:
         """Whole records as tensors of bytes."""

@@ -20,6 +20,7 @@ from .views import DENSE, VIEW, Storages, TensorBatch
 __all__ = [
     "alone",
     "blank",
+    "booleans",
     "checksums",
     "damage",
     "dense",
@@ -34,6 +35,7 @@ __all__ = [
 
 _UNITS = np.array([row.unit for row in DTYPES], np.uint64)
 _UNTYPED = BY_NAME["uint8"].code
+_BOOL = BY_NAME["bool"].code
 _SIZES = np.array([row.itemsize for row in DTYPES], np.int64)
 
 Progress = Callable[[int], object]
@@ -126,6 +128,13 @@ def segments_of(index: Index, which: np.ndarray) -> np.ndarray:
     segments["nbytes"] = np.where(rows["packed"] > 0, rows["packed"], rows["nbytes"])
     segments["file"] = rows["file"]
     return segments
+
+
+def booleans(index: Index, rows: np.ndarray) -> np.ndarray:
+    """Which of the storages that these entries are views of are elements of type bool."""
+    assert index.storages is not None
+    found: np.ndarray = index.storages["dtype"][used(index, rows)] == _BOOL
+    return found
 
 
 def map_storages(
