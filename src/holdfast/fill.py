@@ -66,7 +66,7 @@ def fill_from(
 ) -> IncompatibleKeys:
     """What :func:`holdfast.load_into` does."""
     rules = _rules(rename)
-    named = _named_tensors(target)
+    named, barred = _named_tensors(target)
     with Reader(open_origin(f), guess=False) as reader:
         if dequantize:
             reader.described = dequantized(reader.index)
@@ -79,10 +79,12 @@ def fill_from(
         filled = {(match.view.address, match.view.nbytes) for match in matches}
         keys = IncompatibleKeys(
             [name for name, target in named.items()
-             if name not in stored and not _tied(target.view, filled)],
-            [name for name in stored if name not in named],
+             if name not in stored and not _tied(target.view, filled)]
+            + [name for name in barred if name not in stored],
+            [name for name in stored if name not in named and name not in barred],
         )  # fmt: skip
-        _refuse(target, reader, matches, keys if strict else None)
+        wrong = [text for name, text in barred.items() if name in stored]
+        _refuse(target, reader, matches, keys if strict else None, wrong)
         if reader.index.guess is not None:
             said = {match.row: (match.view.dtype, match.view.shape) for match in matches}
             reader.index = reader.described = reader.index.guess.told(said)
@@ -131,8 +133,11 @@ def _tied(view: TensorView, filled: set[tuple[int, int]]) -> bool:
     return view.nbytes > 0 and (view.address, view.nbytes) in filled
 
 
-def _named_tensors(target: Any) -> dict[str, _Target]:
-    """The tensors of a module, or of any nesting that ``save`` takes, by name."""
+def _named_tensors(target: Any) -> tuple[dict[str, _Target], dict[str, str]]:
+    """The tensors of a module, or of any nesting that ``save`` takes, by name.
+
+    Those that no tensor of a file fits are apart, with what their framework says of them.
+    """
     for adapter in adapters.loaded():
         named = adapter.named_tensors(target)
         if named is not None:
@@ -147,15 +152,21 @@ def _named_tensors(target: Any) -> dict[str, _Target]:
         pairs = zip(flat.names, flat.leaves, strict=True)
         named = {name: leaf for name, leaf in pairs if id(leaf) not in blobs}
     found: dict[str, _Target] = {}
+    barred: dict[str, str] = {}
     names, leaves = list(named), list(named.values())
     for adapter, rows in by_adapter(leaves).items():
+        whys = {names[row]: adapter.mismatch(leaves[row], names[row]) for row in rows}
+        barred.update((name, why) for name, why in whys.items() if why is not None)
+        rows = [row for row in rows if names[row] not in barred]
+        if not rows:
+            continue
         members = [leaves[row] for row in rows]
         batch, kinds = adapter.describe(members, [names[row] for row in rows])
         for i, row in enumerate(rows):
             kind = join_kind(adapter.name, kinds.get(i, ""))
             found[names[row]] = _Target(names[row], members[i], adapter, batch[i], kind)
             _check_writable(found[names[row]])
-    return found
+    return found, barred
 
 
 def _check_writable(target: _Target) -> None:
@@ -184,14 +195,22 @@ def _match(named: dict[str, _Target], stored: dict[str, int]) -> list[_Target]:
 
 
 def _refuse(
-    target: Any, reader: Reader, matches: list[_Target], keys: IncompatibleKeys | None
+    target: Any,
+    reader: Reader,
+    matches: list[_Target],
+    keys: IncompatibleKeys | None,
+    wrong: list[str],
 ) -> None:
-    """Raise RuntimeError, in torch's words, before anything is written."""
+    """Raise RuntimeError, in torch's words, before anything is written.
+
+    `wrong` is what frameworks say of tensors that nothing in a file fits.
+    """
     problems = []
     if keys is not None and keys.missing_keys:
         problems.append(f"Missing key(s) in state_dict: {_quoted(keys.missing_keys)}. ")
     if keys is not None and keys.unexpected_keys:
         problems.append(f"Unexpected key(s) in state_dict: {_quoted(keys.unexpected_keys)}. ")
+    problems += wrong
     for match in matches:
         shape = reader.described.shape(match.row)
         if reader.index.guess is not None:

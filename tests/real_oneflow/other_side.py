@@ -6,6 +6,7 @@ Run as ``python other_side.py COMMAND FOLDER``. It knows holdfast only where the
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 import sys
@@ -172,6 +173,147 @@ def foreign(folder: Path) -> dict[str, Any]:
     return found
 
 
+def global_tensors() -> dict[str, Any]:
+    """Global ones on the only process there is, by how they are spread, and a local one."""
+    place, sbp = flow.placement("cpu", ranks=[0]), flow.sbp
+    values = flow.arange(12, dtype=flow.float32).reshape(4, 3)
+    made = {
+        "copied": values.to_global(placement=place, sbp=sbp.broadcast),
+        "rows": (values + 1).to_global(placement=place, sbp=sbp.split(0)),
+        "columns": (values + 2).to_global(placement=place, sbp=sbp.split(1)),
+        "summed": (values + 3).to_global(placement=place, sbp=sbp.partial_sum),
+    }
+    assert all(tensor.is_global for tensor in made.values())
+    return made
+
+
+def error_of(call: Any) -> str:
+    """What it raises, as text."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing was raised")
+
+
+def ranks(folder: Path) -> dict[str, Any]:
+    """Global tensors: saved by process 0 of 1, loaded by it, in the one and the other library."""
+    import holdfast
+    import holdfast.oneflow
+
+    tensors = global_tensors()
+    expected = digests(tensors)
+    flow.save(tensors, str(folder / "theirs"), global_dst_rank=0)
+    for layout in ("snapshot", "pickle", "file"):
+        holdfast.oneflow.save(tensors, str(folder / layout), 0, layout=layout)
+    holdfast.oneflow.save(tensors, str(folder / "external"), 0, True)
+    found: dict[str, Any] = {"tensors": expected, "places": {}}
+    for path in sorted(folder.iterdir()):
+        whole = holdfast.oneflow.load(str(path))
+        assert not any(tensor.is_global for tensor in whole.values()), path
+        assert digests(whole) == expected, path
+        spread = {"ours": holdfast.oneflow.load(str(path), 0)}
+        if path.is_dir() and not (path / "snapshot_done").exists():
+            spread["theirs"] = flow.load(str(path), global_src_rank=0)
+        for who, made in spread.items():
+            assert digests(made) == expected, path
+            kinds = {(str(t.placement), str(t.sbp)) for t in made.values() if t.is_global}
+            found["places"][f"{path.name} {who}"] = [list(kind) for kind in sorted(kinds)]
+    place = flow.placement("cpu", ranks=[0])
+    moved = holdfast.oneflow.load(str(folder / "pickle"), map_location=place)
+    assert all(tensor.is_global and tensor.placement == place for tensor in moved.values())
+    assert digests(moved) == expected
+    # A file has local ones, which a tensor of a module that is global does not take.
+    module = flow.nn.Linear(3, 2).to_global(placement=place, sbp=flow.sbp.broadcast)
+    state = {"weight": flow.zeros(2, 3), "bias": flow.zeros(2), "more": flow.zeros(1)}
+    holdfast.oneflow.save(state, str(folder / "state"))
+    partly = flow.nn.Linear(3, 2)
+    partly.register_parameter("weight", module.weight)
+    found["errors"] = {
+        "theirs": error_of(lambda: module.load_state_dict(state)),
+        "ours": error_of(lambda: holdfast.load_into(module, folder / "state")),
+        "theirs, partly": error_of(lambda: partly.load_state_dict(state, strict=False)),
+        "ours, partly": error_of(
+            lambda: holdfast.load_into(partly, folder / "state", strict=False)
+        ),
+        "missing": error_of(lambda: holdfast.load_into({"x": module.weight}, folder / "state")),
+        "rank 1": error_of(lambda: holdfast.oneflow.load(str(folder / "state"), 1)),
+        "no rank": error_of(lambda: holdfast.oneflow.save(tensors, str(folder / "none"))),
+        "text": error_of(lambda: holdfast.oneflow.save(tensors, str(folder / "none"), "x")),
+    }
+    assert not (folder / "none").exists()
+    return found
+
+
+class Doubled(flow.nn.Graph):
+    """A graph around a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = flow.nn.Sequential(flow.nn.Linear(3, 4), flow.nn.BatchNorm1d(4)).eval()
+
+    def build(self, data: Any) -> Any:
+        return self.inner(data) * 2
+
+
+def graphs(folder: Path) -> dict[str, Any]:
+    """Graphs themselves, which OneFlow saves, and what their ``state_dict`` returns."""
+    import holdfast
+    import holdfast.oneflow
+
+    data = flow.randn(5, 3)
+    graph = Doubled()
+    early = error_of(lambda: holdfast.oneflow.save(graph, str(folder / "early")))
+    expected = graph(data).numpy()
+    holdfast.oneflow.save(graph, str(folder / "graph"))
+    assert (folder / "graph" / "model.mlir").is_file()
+    buffer = error_of(lambda: holdfast.oneflow.save(graph, io.BytesIO()))
+    state = graph.state_dict()
+    values = digests(state)
+    # A graph's folder does not say which tensors are parameters.
+    plain = {name: flow.Tensor(tensor) for name, tensor in flat(state).items()}
+    assert digests(holdfast.oneflow.load(str(folder / "graph"))) == digests(plain)
+    saves: dict[str, Any] = {
+        "snapshot": lambda path: holdfast.oneflow.save(state, str(path)),
+        "file": lambda path: holdfast.oneflow.save(state, str(path), layout="file"),
+        "state.safetensors": lambda path: holdfast.save(state, path),
+        "oneflow": lambda path: holdfast.save(state, path, format="oneflow"),
+        "theirs": lambda path: flow.save(state, str(path)),
+    }
+    for name, save in saves.items():
+        save(folder / name)
+        loads = [holdfast.load, holdfast.oneflow.load]
+        if (folder / name / "pickled_data").exists():
+            loads.append(lambda path: flow.load(str(path)))
+        for load in loads:
+            made = load(folder / name)
+            assert type(made) is type(state) and list(made) == list(state), name
+            assert digests(made) == values, name
+            target = Doubled()
+            target.load_state_dict(made)
+            assert np.array_equal(target(data).numpy(), expected), name
+    return {"values": values, "errors": [early, buffer]}
+
+
+def oldest(folder: Path) -> dict[str, Any]:
+    """A module filled from variables of which nothing is said."""
+    import holdfast
+
+    state = network().state_dict()
+    for name, tensor in state.items():
+        (folder / "old" / name).mkdir(parents=True)
+        (folder / "old" / name / "out").write_bytes(tensor.numpy().tobytes())
+    (folder / "old" / "snapshot_done").touch()
+    target = network()
+    for tensor in target.state_dict(keep_vars=True).values():
+        tensor.data.zero_()
+    assert holdfast.load_into(target, folder / "old") == ([], [])
+    assert digests(target) == digests(state)
+    wrong = flow.nn.Sequential(flow.nn.Linear(4, 9))
+    text = error_of(lambda: holdfast.load_into(wrong, folder / "old", strict=False))
+    return {"values": digests(target), "error": text}
+
+
 if __name__ == "__main__":
     _, command, place = sys.argv
     commands = {
@@ -180,6 +322,9 @@ if __name__ == "__main__":
         "here": here,
         "modules": modules,
         "foreign": foreign,
+        "ranks": ranks,
+        "graphs": graphs,
+        "oldest": oldest,
     }
     result = commands[command](Path(place))
     Path(place).with_suffix(".json").write_text(json.dumps(result))

@@ -156,6 +156,54 @@ def test_weights_of_torch_without_torch(other: Other, tmp_path: Path) -> None:
     assert other("foreign", folder) == {"zip.pth": expected, "old.pth": expected}
 
 
+def test_global_tensors_of_one_process(other: Other, tmp_path: Path) -> None:
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    found = other("ranks", folder)
+    placed = ['oneflow.placement(type="cpu", ranks=[0])', "(oneflow.sbp.broadcast,)"]
+    assert len(found["places"]) == 8
+    assert all(place == [placed] for place in found["places"].values())
+    made = holdfast.load(folder / "theirs", framework="numpy")
+    assert flat(made) == found["tensors"]
+    errors = found["errors"]
+    for who in ("", ", partly"):
+        # What OneFlow says stands in ours line for line, of the same class.
+        theirs, ours = errors[f"theirs{who}"].split("\n\t"), errors[f"ours{who}"].split("\n\t")
+        assert theirs[0].startswith("RuntimeError") and ours[0].startswith("RuntimeError")
+        assert ours[1:] == theirs[1:]
+        assert any(line.startswith('local / global mismatch for "weight"') for line in theirs)
+    assert 'Missing key(s) in state_dict: "x". ' in errors["missing"]
+    assert errors["rank 1"] == (
+        "ValueError: global_src_rank out of range (expected to be in range of [0, 1), but got 1)."
+    )
+    assert errors["no rank"].startswith("ValueError: Please set global_dst_rank in `flow.save`")
+    assert errors["text"].startswith("TypeError: global_dst_rank expected type int")
+
+
+def test_graphs(other: Other, tmp_path: Path) -> None:
+    folder = tmp_path / "graphs"
+    folder.mkdir()
+    found = other("graphs", folder)
+    assert found["errors"][0] == "RuntimeError: graph must be compiled first."
+    assert found["errors"][1].startswith("ValueError: path_or_buffer must be the type of {`str`")
+    graph = holdfast.load(folder / "graph", framework="numpy")
+    assert sorted(graph) == sorted(found["values"])
+    assert len(graph) == 7
+    for name, array in graph.items():
+        assert digest(array)[1:] == found["values"][name][1:], name
+
+
+def test_modules_from_before_there_was_meta(other: Other, tmp_path: Path) -> None:
+    folder = tmp_path / "oldest"
+    folder.mkdir()
+    found = other("oldest", folder)
+    assert len(found["values"]) >= 7
+    assert (
+        "size mismatch for 0.bias: float32 of shape oneflow.Size([9]) in the current model needs "
+        "36 bytes, the checkpoint has 32" in found["error"]
+    )
+
+
 @pytest.mark.parametrize("what", ["tutorials", "real_oneflow/test_adapter.py"])
 def test_what_runs_there(what: str, tmp_path: Path) -> None:
     """The tutorials with OneFlow's modules, and the suite of adapters: with pytest beside it."""

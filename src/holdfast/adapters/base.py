@@ -276,6 +276,10 @@ class Adapter(Protocol):
         """Whether the memory of `tensor` may be written to."""
         ...
 
+    def mismatch(self, tensor: Any, name: str) -> str | None:
+        """Why no tensor of a file fits `tensor`, in the words of the framework; None if one may."""
+        ...
+
     def shape_text(self, shape: tuple[int, ...]) -> str:
         """What messages of the framework have for a shape."""
         ...

@@ -238,6 +238,17 @@ class OneFlowAdapter:
         """True: OneFlow has no read-only tensors."""
         return True
 
+    def mismatch(self, tensor: Any, name: str) -> str | None:
+        """What OneFlow says of a local tensor for a global one: those of files are local."""
+        if not tensor.is_global:
+            return None
+        return (
+            f'local / global mismatch for "{name}":  param from checkpoint is local tensor, but '
+            "the param in current model is global tensor. Maybe you need to convert the checkpoint "
+            "param to global, or set global_src_rank=0 when using flow.load to load model's "
+            "state_dict"
+        )
+
     def shape_text(self, shape: tuple[int, ...]) -> str:
         """A shape as OneFlow prints it."""
         return f"oneflow.Size({list(shape)})"

@@ -199,6 +199,10 @@ class TorchAdapter:
         """True: PyTorch has no read-only tensors."""
         return True
 
+    def mismatch(self, tensor: Any, name: str) -> str | None:  # noqa: ARG002
+        """None: the tensors of a file are such as these."""
+        return None
+
     def shape_text(self, shape: tuple[int, ...]) -> str:
         """A shape as PyTorch prints it."""
         return f"torch.Size({list(shape)})"
