@@ -8,35 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from .dtypes import BY_NAME
+from .dtypes import BY_NAME, DTYPES
 from .layout import Index
-from .views import TensorBatch, TensorView
+from .views import TensorBatch, TensorView, elements
 
 __all__ = ["BOOL", "settle", "settle_bytes", "settle_view"]
 
 BOOL = BY_NAME["bool"].code
-
-
-class _Memory:
-    """Memory of the host as NumPy looks at it; `owner` is kept alive by the array."""
-
-    __slots__ = ("__array_interface__", "owner")
-
-    def __init__(
-        self,
-        address: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...] | None,
-        owner: object,
-    ) -> None:
-        self.owner = owner
-        self.__array_interface__ = {
-            "data": (address, False),
-            "shape": shape,
-            "strides": strides,
-            "typestr": "|u1",
-            "version": 3,
-        }
 
 
 def settle(index: Index, batch: TensorBatch) -> TensorBatch:
@@ -71,16 +49,11 @@ def settle(index: Index, batch: TensorBatch) -> TensorBatch:
 def settle_view(view: TensorView) -> None:
     """Make every element of one tensor 0 or 1, if its type is bool and its memory the host's."""
     if view.dtype.code == BOOL and view.nbytes and not view.device:
-        _mend(_Memory(view.address, view.shape, view.strides, view.owner))
+        found = elements(view, "|u1")
+        if found.max() > 1:
+            np.minimum(found, 1, out=found)
 
 
 def settle_bytes(address: int, nbytes: int) -> None:
     """Make every byte of some memory of the host, all of it of type bool, 0 or 1."""
-    if nbytes:
-        _mend(_Memory(address, (nbytes,), None, None))
-
-
-def _mend(memory: _Memory) -> None:
-    elements = np.asarray(memory)
-    if elements.max() > 1:
-        np.minimum(elements, 1, out=elements)
+    settle_view(TensorView(DTYPES[BOOL], (nbytes,), address, None))

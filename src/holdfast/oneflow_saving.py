@@ -15,6 +15,7 @@ import numpy as np
 from . import adapters
 from .adapters import Adapter
 from .collect import Collection, collect
+from .dtypes import BY_NAME
 from .errors import FormatError, warn
 from .folder import FolderSource
 from .formats import _oneflow_write
@@ -27,7 +28,7 @@ from .pickling import telling
 from .publish import check_target, write_out
 from .publish_folder import write_folder
 from .source import FileLike, is_path
-from .views import VIEW, TensorBatch
+from .views import DENSE, VIEW, TensorBatch, elements
 
 if TYPE_CHECKING:
     from .saving import SaveOptions
@@ -40,6 +41,8 @@ __all__ = [
     "replaceable",
     "save_apart",
 ]
+
+_FLOAT32, _BFLOAT16 = BY_NAME["float32"].code, BY_NAME["bfloat16"].code
 
 #: What ``layout=`` can be.
 LAYOUTS = ("snapshot", "pickle", "file")
@@ -115,9 +118,10 @@ def plan_oneflow(
     emitted = _emit(content, INLINE_CONSTANTS if inline else CONSTANTS, known)
     # Their paths begin in `content`.
     names = [name.partition(".")[2] or "tensor" for name in emitted.names]
-    found = _collect(names, emitted.tensors, localize, known)
+    found = _collect(names, emitted.tensors, localize, known, inline=inline)
     if inline:
-        return PlannedFile(_oneflow_write.plan_file(emitted, found.batch, found.kinds), found.batch)
+        batch, narrow = _widened(found.batch)
+        return PlannedFile(_oneflow_write.plan_file(emitted, batch, found.kinds, narrow), batch)
     return PlannedFolder(_oneflow_write.plan_folder(emitted, found.batch, found.kinds), found.batch)
 
 
@@ -157,6 +161,8 @@ def _collect(
     tensors: list[Any],
     localize: Callable[[Any], Any] | None,
     known: Sequence[Adapter],
+    *,
+    inline: bool = False,
 ) -> Collection:
     """Columns of the tensors, none of them merged: OneFlow has no two names for one tensor."""
     if localize is not None:
@@ -165,8 +171,30 @@ def _collect(
         nothing = TensorBatch(np.zeros(0, VIEW), np.zeros(0, np.int64), [])
         return Collection([], nothing, (), {}, None)
     found = collect(names, tensors, known, ties=False)
-    _oneflow_write.check_elements(names, found.batch, found.kinds, found.framework)
+    _oneflow_write.check_elements(names, found.batch, found.kinds, found.framework, inline=inline)
     return found
+
+
+def _widened(batch: TensorBatch) -> tuple[TensorBatch, frozenset[int]]:
+    """The batch with float32 in place of bfloat16, as OneFlow has it in a pickle; and which rows.
+
+    Each number is exact: its bytes are the upper half of a float32.
+    """
+    narrow = np.flatnonzero(batch.views["dtype"] == _BFLOAT16).tolist()
+    if not narrow:
+        return batch, frozenset()
+    views, owners = batch.views.copy(), list(batch.owners)
+    for row in narrow:
+        view = batch[row]
+        wide = np.zeros(view.shape, np.uint32)
+        if view.nbytes:
+            bits = elements(view, "u2")
+            np.left_shift(bits.byteswap() if view.swapped else bits, 16, out=wide, dtype=np.uint32)
+        owners.append(wide)
+        views["address"][row], views["nbytes"][row] = wide.ctypes.data, wide.nbytes
+    views["dtype"][narrow], views["flags"][narrow] = _FLOAT32, DENSE
+    made = TensorBatch(views, batch.dims, owners, batch.strides, batch.owner, devices=batch.devices)
+    return made, frozenset(narrow)
 
 
 def _emit(

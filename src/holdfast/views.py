@@ -30,6 +30,7 @@ __all__ = [
     "dense_strides",
     "device_code",
     "device_of",
+    "elements",
     "pick_layouts",
 ]
 
@@ -306,3 +307,32 @@ def dense_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
         strides.append(step)
         step *= extent
     return tuple(reversed(strides))
+
+
+class _Memory:
+    """Memory of the host as NumPy looks at it."""
+
+    __slots__ = ("__array_interface__", "owner")
+
+    def __init__(self, view: TensorView, kind: str) -> None:
+        self.owner = view.owner
+        self.__array_interface__ = {
+            "data": (view.address, False),
+            "shape": view.shape,
+            "strides": view.strides,
+            "typestr": kind,
+            "version": 3,
+        }
+
+
+def elements(view: TensorView, kind: str) -> np.ndarray:
+    """The memory of a tensor, which is the host's and not empty, as an array; nothing is copied.
+
+    Parameters
+    ----------
+    view : TensorView
+        Its owner is kept alive by the array.
+    kind : str
+        What NumPy is to take its elements for, of the same size: ``"|u1"``, ``"<u2"``, …
+    """
+    return np.asarray(_Memory(view, kind))

@@ -314,6 +314,25 @@ def oldest(folder: Path) -> dict[str, Any]:
     return {"values": digests(target), "error": text}
 
 
+def narrow(folder: Path) -> dict[str, Any]:
+    """bfloat16, in the only way in which OneFlow reads it: in a pickle, as float32."""
+    import holdfast.oneflow
+
+    tensor = flow.tensor([[1.5, -2.25, 3.0], [0.0, 1e30, 7.0]]).to(flow.bfloat16)
+    expected = digests({"x": tensor})
+    assert expected["x"][1] == "bfloat16"
+    holdfast.oneflow.save({"x": tensor}, str(folder / "ours"), layout="file")
+    with (folder / "theirs").open("wb") as file:
+        content = {"protocol_version": 1, "__oneflow__": None, "data": {"x": tensor}}
+        pickle.dump(content, file)
+    for name in ("ours", "theirs"):
+        assert digests(holdfast.oneflow.load(str(folder / name))) == expected
+        assert digests(pickle.loads((folder / name).read_bytes())["data"]) == expected
+    (folder / "ours").unlink()
+    (folder / "theirs").unlink()
+    return load(folder)
+
+
 if __name__ == "__main__":
     _, command, place = sys.argv
     commands = {
@@ -324,6 +343,7 @@ if __name__ == "__main__":
         "foreign": foreign,
         "ranks": ranks,
         "graphs": graphs,
+        "narrow": narrow,
         "oldest": oldest,
     }
     result = commands[command](Path(place))

@@ -204,6 +204,17 @@ def test_modules_from_before_there_was_meta(other: Other, tmp_path: Path) -> Non
     )
 
 
+def test_bfloat16_in_the_single_file(other: Other, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = {"a": torch.randn(30, 40).to(torch.bfloat16), "b": torch.randn(4).to(torch.bfloat16)}
+    folder = tmp_path / "narrow"
+    folder.mkdir()
+    holdfast.oneflow.save(tensors, folder / "file", layout="file")
+    found = other("narrow", folder)["file"]
+    wide = {name: digest(tensor.float().numpy()) for name, tensor in tensors.items()}
+    assert found == {name: [kind, "bfloat16", *rest] for name, (kind, _, *rest) in wide.items()}
+
+
 @pytest.mark.parametrize("what", ["tutorials", "real_oneflow/test_adapter.py"])
 def test_what_runs_there(what: str, tmp_path: Path) -> None:
     """The tutorials with OneFlow's modules, and the suite of adapters: with pytest beside it."""

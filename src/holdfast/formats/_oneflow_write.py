@@ -32,6 +32,8 @@ _LOADABLE = [code for code, number in NUMBERS.items() if BY_NUMBER[number].loada
 #: tensors are such a build's own.
 _NEWER = frozenset(BY_NAME[name].code for name in ("int16", "complex64", "complex128"))
 
+_BFLOAT16 = BY_NAME["bfloat16"].code
+
 #: For the others what turns them into one of these.
 _WAYS = {
     "int16": "x.int()",
@@ -52,7 +54,12 @@ _SHORT, _LONG = (1 << 8), (1 << 32)
 
 
 def check_elements(
-    names: Sequence[str], batch: TensorBatch, kinds: Mapping[int, str], framework: str | None
+    names: Sequence[str],
+    batch: TensorBatch,
+    kinds: Mapping[int, str],
+    framework: str | None,
+    *,
+    inline: bool = False,
 ) -> None:
     """Raise TypeError for a tensor that OneFlow could not load; the message says the way out.
 
@@ -64,6 +71,9 @@ def check_elements(
         Of the rows that a plain tensor does not say all of.
     framework : str or None
         Whose tensors these are: ``"oneflow"`` can load what it has.
+    inline : bool
+        Whether they go into a pickle, from which OneFlow makes bfloat16 of float32. Of a ``meta``
+        that says bfloat16 it does not.
     """
     for i, kind in kinds.items():
         _, found, dtype = kind.rpartition("dtype:")
@@ -71,6 +81,7 @@ def check_elements(
             raise _refusal(names[i], dtype, None)
     allowed = np.zeros(len(DTYPES), np.bool_)
     allowed[[code for code in _LOADABLE if framework == "oneflow" or code not in _NEWER]] = True
+    allowed[_BFLOAT16] = inline
     wrong = np.flatnonzero(~allowed[batch.views["dtype"]])
     if len(wrong):
         i = int(wrong[0])
@@ -80,6 +91,8 @@ def check_elements(
 
 def _refusal(name: str, dtype: str, way: str | None) -> TypeError:
     other = "a .safetensors or .pt file holds it as it is"
+    if dtype == "bfloat16":
+        other = f"layout='file', which newer builds read, or {other}"
     out = f"save {way}; {other}" if way else other
     return TypeError(f"tensor {name!r}: OneFlow cannot load elements of {dtype}: {out}")
 
@@ -202,7 +215,12 @@ def _opened(emitted: Emitted, kind: str) -> bytes:
     return emitted.constant(cls) + b")\x81\x94}"
 
 
-def plan_file(emitted: Emitted, batch: TensorBatch, kinds: Mapping[int, str]) -> Plan:
+def plan_file(
+    emitted: Emitted,
+    batch: TensorBatch,
+    kinds: Mapping[int, str],
+    narrow: frozenset[int] = frozenset(),
+) -> Plan:
     """A file that is the pickle of an object, with the elements of its tensors in it.
 
     Parameters
@@ -210,7 +228,9 @@ def plan_file(emitted: Emitted, batch: TensorBatch, kinds: Mapping[int, str]) ->
     emitted : Emitted
         With ``INLINE_CONSTANTS``.
     batch, kinds
-        As for :func:`plan_folder`.
+        As for :func:`plan_folder`; what OneFlow has as bfloat16 is float32 in the batch.
+    narrow : frozenset of int
+        Which rows these are.
     """
     parts = _split(emitted)
     dims, sizes = batch.dims.tolist(), batch.views["nbytes"].tolist()
@@ -225,7 +245,9 @@ def plan_file(emitted: Emitted, batch: TensorBatch, kinds: Mapping[int, str]) ->
         head += _padded(at + len(head), nbytes)
         offsets.append(at + len(head))
         starts.append(offsets[-1] + nbytes)
-        tail = b"tb" + _rest(emitted, int(row["dtype"])) + parts[i + 1]
+        tail = (
+            b"tb" + _rest(emitted, _BFLOAT16 if i in narrow else int(row["dtype"])) + parts[i + 1]
+        )
         own += [head, tail]
         at = starts[-1] + len(tail)
     return Plan(
