@@ -57,6 +57,8 @@ class Maps:
 
     def cover(self, address: np.ndarray) -> np.ndarray:
         """Which of these addresses are in a map."""
+        if not self.buffers:
+            return np.zeros(len(address), bool)
         starts = np.array([buffer.address for buffer in self.buffers], np.uint64)
         ends = np.array([buffer.address + len(buffer) for buffer in self.buffers], np.uint64)
         order = np.argsort(starts)

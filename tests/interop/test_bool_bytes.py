@@ -154,6 +154,14 @@ def test_the_oldest_folders_and_untyped_bytes(tmp_path: Path) -> None:
     assert np.array_equal(target["w"].view("u1"), WANTED["small"])
 
 
+@pytest.mark.parametrize("layout", ["snapshot", "pickle"])
+def test_a_folder_of_small_ones_alone(tmp_path: Path, layout: str) -> None:
+    holdfast.oneflow.save({"small": SMALL.view("?")}, tmp_path / "x", layout=layout)
+    with holdfast.open(tmp_path / "x", framework="numpy") as f:
+        for _ in range(2):
+            assert np.array_equal(f["small"].view("u1"), WANTED["small"])
+
+
 def test_bytes_that_are_sound_cost_no_pages(tmp_path: Path) -> None:
     holdfast.save({"x": np.ones(1 << 20, "?")}, tmp_path / "x")
     before = _private()
