@@ -249,6 +249,9 @@ class Checkpoint(Mapping[str, Any]):
         # Asked for once, not for every tensor; some frameworks have no memory but a device's.
         self._elsewhere = location is not None or self._adapter.destination(None) != 0
         self._mapped = self._reader.source.local
+        if self._mapped and isinstance(self._reader.source, FolderSource):
+            # Its files are opened by name, and may be gone when they are wanted: see FolderSource.
+            self._map()
         texts = isinstance(index.metadata, dict)
         self.metadata: Mapping[str, Any] = dict(index.metadata) if texts else index.metadata
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import itertools
 import os
@@ -35,6 +36,10 @@ _CACHE_LEVELS = 4
 #: Room for the content of a small file at the first try, and how many are read in one go.
 ROOM = 1 << 10
 TOGETHER = 1 << 14
+#: Of the files whose sizes were asked for, small ones are kept, up to so many bytes in all; and up
+#: to so many that are no smaller than ROOM, which takes another look at each.
+KEPT = 64 << 20
+KEPT_LARGER = 1 << 11
 
 #: What is wrong with a file that was not to be had, for messages.
 _WRONG = {
@@ -64,7 +69,7 @@ class FolderSource:
         A descriptor of the folder, which is then not looked for by its name.
     """
 
-    __slots__ = ("_fd", "_lock", "_parts", "_top", "files", "links", "name", "start")
+    __slots__ = ("_fd", "_kept", "_lock", "_parts", "_top", "files", "links", "name", "start")
 
     mappable = True
     repeatable = True
@@ -77,6 +82,7 @@ class FolderSource:
         self.links = False
         self.files: Sequence[str] = ()
         self._parts: dict[str, Source] = {}
+        self._kept: dict[str, bytes] = {}  # whole contents of small files
         self._lock = threading.Lock()
         self._top: tuple[bool, Mapping[str, str]] | None = None  # what is in it, listed once
         where = path or "." if fd is None else "."
@@ -93,6 +99,7 @@ class FolderSource:
     def close(self) -> None:
         """Close all that is open."""
         self.forget()
+        self._kept = {}
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -124,9 +131,38 @@ class FolderSource:
         return contents
 
     def sizes(self, paths: Sequence[str]) -> np.ndarray:
-        """Sizes of files; -1 for those that do not exist."""
-        nothing = np.zeros(len(paths), np.uint64)
-        return self._take(paths, nothing, nothing)
+        """Sizes of files; -1 for those that do not exist.
+
+        What is in small ones is kept: they are open already, and to open them again costs more than
+        to read them; and they may be gone by then, where the folder is replaced by a newer one.
+        """
+        found = [
+            self._keep(paths[begin : begin + TOGETHER], np.uint64(ROOM))
+            for begin in range(0, len(paths), TOGETHER)
+        ]
+        sizes = np.concatenate([np.empty(0, np.int64), *found])
+        larger = np.flatnonzero((sizes > ROOM) & (sizes < SMALL))
+        if len(larger) <= KEPT_LARGER and int(sizes[larger].sum()) <= KEPT:
+            self._keep([paths[i] for i in larger.tolist()], sizes[larger].astype(np.uint64))
+        return sizes
+
+    def _keep(self, paths: Sequence[str], room: np.ndarray | np.uint64) -> np.ndarray:
+        """Sizes of files; of those that fit into so much room, the contents are kept."""
+        rooms = np.broadcast_to(np.uint64(0) + room, len(paths)).astype(np.uint64)
+        ends = np.cumsum(rooms, dtype=np.uint64)
+        memory = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+        starts = ends - rooms
+        sizes = self._take(paths, starts + np.uint64(memory.ctypes.data), rooms)
+        left = KEPT - sum(map(len, self._kept.values()))
+        fit = (sizes >= 0) & (sizes <= rooms.astype(np.int64))
+        fit &= np.cumsum(np.where(fit, sizes, 0)) <= left
+        data = memoryview(memory)
+        chosen = np.flatnonzero(fit)
+        begins = starts[chosen].astype(np.int64)
+        ends = begins + sizes[chosen]
+        for i, begin, end in zip(chosen.tolist(), begins.tolist(), ends.tolist(), strict=True):
+            self._kept[paths[i]] = bytes(data[begin:end])
+        return sizes
 
     def part(self, path: str) -> Source:
         """One file, open until so many others have been asked for."""
@@ -223,16 +259,22 @@ class FolderSource:
         if checksum or not len(segments):
             plain[:] = False
         file = segments["file"]
+        kept = self._move_kept(segments, plain)
+        if kept.any():
+            plain &= ~kept
+            done = int(segments["nbytes"][kept].sum())
+            if progress is not None:
+                progress(done)
         alone = np.ones(len(segments), bool)
         alone[1:] &= file[1:] != file[:-1]
         alone[:-1] &= file[1:] != file[:-1]
         small = plain & alone & (segments["offset"] == 0) & (segments["nbytes"] < SMALL)
         if small.any():
             self._move_small(segments[small], threads)
-            done = int(segments["nbytes"][small].sum())
+            done += int(segments["nbytes"][small].sum())
             if progress is not None:
                 progress(done)
-        rest = np.flatnonzero(~small & (segments["nbytes"] > 0))
+        rest = np.flatnonzero(~small & ~kept & (segments["nbytes"] > 0))
         for group in self._groups(file[rest]):
             chosen = rest[group]
             part = np.ascontiguousarray(segments[chosen])
@@ -262,6 +304,20 @@ class FolderSource:
         edges = [*starts[::DESCRIPTORS], len(file)]
         for begin, end in itertools.pairwise(edges):
             yield slice(begin, end)
+
+    def _move_kept(self, segments: np.ndarray, plain: np.ndarray) -> np.ndarray:
+        """Copy what files have that are kept; which of the segments that were."""
+        moved = np.zeros(len(segments), bool)
+        if not self._kept:
+            return moved
+        wanted = np.flatnonzero(plain & ((segments["address"] > 0) | (segments["nbytes"] == 0)))
+        rows = segments[["file", "offset", "nbytes", "address"]][wanted].tolist()
+        found = [self._kept.get(self.files[row[0]]) for row in rows]
+        for i, data, (_, offset, nbytes, address) in zip(wanted.tolist(), found, rows, strict=True):
+            if data is not None and offset + nbytes <= len(data):
+                ctypes.memmove(address, data[offset : offset + nbytes], nbytes)
+                moved[i] = True
+        return moved
 
     def _move_small(self, segments: np.ndarray, threads: int) -> None:
         """Read files whole, each into the memory of its only segment."""
