@@ -113,10 +113,11 @@ class FolderSource:
         fd = self._folder(path)
         try:
             with os.scandir(fd) as inside:
-                kinds = {entry.name: self._kind(entry) for entry in inside}
+                kinds = [(entry.name, self._kind(entry)) for entry in inside]
         finally:
             os.close(fd)
-        found = dict(sorted(kinds.items()))
+        kinds.sort()
+        found = dict(kinds)
         if not path:
             self._top = self.links, found
         return found
@@ -156,7 +157,7 @@ class FolderSource:
         left = KEPT - sum(map(len, self._kept.values()))
         fit = (sizes >= 0) & (sizes <= rooms.astype(np.int64))
         fit &= np.cumsum(np.where(fit, sizes, 0)) <= left
-        data = memoryview(memory)
+        data = memory.data
         chosen = np.flatnonzero(fit)
         begins = starts[chosen].astype(np.int64)
         ends = begins + sizes[chosen]
@@ -345,9 +346,9 @@ class FolderSource:
                     f"{self._called(paths[i])}: expected at most {most} bytes, "
                     f"found {int(sizes[i])}"
                 )
-        data = memory.tobytes()
+        data = memory.data  # of which most is never written to
         found: list[bytes | None] = [
-            None if size < 0 else data[start : start + size]
+            None if size < 0 else bytes(data[start : start + size])
             for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)
         ]
         for i in large:
@@ -359,9 +360,12 @@ class FolderSource:
         self, paths: Sequence[str], address: np.ndarray, room: np.ndarray, threads: int = 0
     ) -> np.ndarray:
         """Sizes of files, of which the first bytes go to `address`; -1 where there is none."""
+        encoded = os.fsencode("\0".join(paths)).split(b"\0") if paths else []
+        if len(encoded) != len(paths):  # a path has a zero byte, which the engine refuses
+            encoded = [os.fsencode(path) for path in paths]
         sizes = _engine.read_files(
             self._fd,
-            [os.fsencode(path) for path in paths],
+            encoded,
             address,
             room,
             links=self.links,
@@ -390,32 +394,37 @@ class FolderSource:
 
     def _folder(self, path: str) -> int:
         """A descriptor of a sub-folder, reached through no link."""
-        fd = os.dup(self._fd)
+        if not path:
+            return os.dup(self._fd)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if self.links else os.O_NOFOLLOW)
+        fd = self._fd
         try:
-            for name in path.split("/") if path else ():
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            for name in path.split("/"):
                 try:
-                    deeper = os.open(name, flags | (not self.links and os.O_NOFOLLOW), dir_fd=fd)
+                    deeper = os.open(name, flags, dir_fd=fd)
                 except NotADirectoryError:
                     raise FormatError(
                         f"{self._called(path)}: expected a folder, found a file or a link"
                     ) from None
                 except OSError as error:
                     raise self._problem(path, error.errno or errno.EIO) from None
-                os.close(fd)
+                if fd != self._fd:
+                    os.close(fd)
                 fd = deeper
             return fd
         except BaseException:
-            os.close(fd)
+            if fd != self._fd:
+                os.close(fd)
             raise
 
     def _kind(self, entry: os.DirEntry[str]) -> str:
         try:
-            if not self.links and entry.is_symlink():
-                return "link"
+            # Without following them, links are neither files nor folders.
             if entry.is_file(follow_symlinks=self.links):
                 return "file"
-            return "folder" if entry.is_dir(follow_symlinks=self.links) else "other"
+            if entry.is_dir(follow_symlinks=self.links):
+                return "folder"
+            return "link" if not self.links and entry.is_symlink() else "other"
         except OSError:  # gone meanwhile
             return "other"
 

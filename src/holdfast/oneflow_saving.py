@@ -52,6 +52,7 @@ _PROTOCOL = 1
 
 #: Files of a checkpoint: in the folder itself, and in those of its tensors.
 _PART = frozenset({META, DATA})
+_USUAL = {META: "file", DATA: "file"}
 _MARKS = frozenset({DONE, PICKLE, "model.mlir"})
 _OWN = _PART | _MARKS | {"one_embedding_options.json"}
 #: Nor is a folder one that is deeper than any name of a tensor.
@@ -330,6 +331,9 @@ def _is_checkpoint(folder: FolderSource) -> bool:
     while waiting:
         path = waiting.pop()
         inside = folder.entries(path)
+        if inside == _USUAL and path and path.count("/") < _MAX_LEVELS:  # nearly all, of very many
+            variables.append(path)
+            continue
         own = _PART if path else _OWN
         deeper = [name for name, kind in inside.items() if kind == "folder"]
         files = {name for name, kind in inside.items() if kind == "file" and name in own}
