@@ -165,6 +165,9 @@ class Adapter:
     def writable(self, tensor: Any) -> bool:
         return True
 
+    def mismatch(self, tensor: Any, name: str) -> None:
+        return None
+
     def shape_text(self, shape: tuple[int, ...]) -> str:
         return str(shape)
 

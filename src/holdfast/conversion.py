@@ -14,7 +14,6 @@ import numpy as np
 
 from . import adapters, fetch, formats, objects, sharding, storages
 from .annotated import as_texts
-from .checkpoint import Reader
 from .collect import Collection, collect, split_kind
 from .errors import FormatError, UnsafeError, warn
 from .folder import open_origin
@@ -23,6 +22,7 @@ from .layout import FOREIGN, SEGMENT, Plan, Structure
 from .maps import Maps
 from .pickling import pickle_around
 from .publish import check_target, write_out
+from .reader import Reader
 from .references import Ref, RefAdapter, RefStorages
 from .safe import SafeResolver
 from .saving import SaveOptions, written_apart

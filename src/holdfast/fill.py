@@ -14,14 +14,14 @@ import numpy as np
 
 from . import _engine, adapters, fetch, objects
 from .adapters import Adapter
-from .booleans import settle, settle_view
-from .checkpoint import Reader
+from .booleans import BOOL, settle, settle_view
 from .collect import by_adapter, join_kind, opaque
 from .dequantize import dequantized, read_part
 from .errors import ChecksumError
 from .folder import open_origin
 from .formats._gguf_types import DEQUANTIZED
 from .layout import Index
+from .reader import Reader
 from .source import FileLike
 from .views import TensorBatch, TensorView
 
@@ -379,6 +379,7 @@ def _read_into(
         verify=verify,
         threads=threads,
         devices=devices if devices.any() else None,
+        booleans=index.entries["dtype"][rows] == BOOL,
         staging=staging,
     )
     if verify:

@@ -12,7 +12,6 @@ from . import adapters, fetch, objects
 from .adapters import Adapter
 from .annotated import annotate
 from .booleans import settle
-from .checkpoint import Reader
 from .dequantize import dequantize, dequantized
 from .destinations import destination
 from .errors import FormatError
@@ -21,6 +20,7 @@ from .folder import FolderSource, Origin, open_origin
 from .layout import FOREIGN, Index
 from .pickled import Trust
 from .progress import ProgressArgument, reporting
+from .reader import Reader
 from .source import FileLike
 from .views import TensorBatch
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import fetch, storages
-from .checkpoint import Reader
 from .errors import FormatError
 from .folder import Origin, open_origin
 from .layout import CHECKED, Index
+from .reader import Reader
 from .source import FileLike
 
 __all__ = ["Report", "verify_file"]

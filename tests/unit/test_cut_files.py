@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import holdfast
-from holdfast.checkpoint import Reader
 from holdfast.errors import FormatError
+from holdfast.reader import Reader
 
 FORMATS = ("safetensors", "torch", "torch_legacy")
 

@@ -244,6 +244,21 @@ def test_a_save_that_fails_leaves_the_old_file(
     assert failed
 
 
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("name", ["x.safetensors", "x.npz", "x.pt"])
+def test_bytes_of_bool_that_are_neither_0_nor_1(tmp_path: Path, name: str) -> None:
+    value = np.arange(200_000, dtype=np.uint8).view(np.bool_)
+    expected = value.view(np.uint8) > 0
+    holdfast.save({"b": value, "u": value.view(np.uint8)}, tmp_path / name)
+    found = holdfast.load(tmp_path / name, "device:0", framework="device", staging=RING)
+    assert found["b"].device == CODE
+    assert (found["b"].get().view(np.uint8) == expected).all()
+    assert (found["u"].get() == value.view(np.uint8)).all()
+    target = {"b": put(np.zeros_like(value)), "u": put(np.zeros(200_000, np.uint8))}
+    holdfast.load_into(target, tmp_path / name, staging=RING)
+    assert (target["b"].get().view(np.uint8) == expected).all()
+
+
 def test_a_device_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     holdfast.save({"x": np.zeros(1 << 20, np.uint8)}, tmp_path / "x")
     refused = pytest.raises(MemoryError, match="device:0: cannot allocate")

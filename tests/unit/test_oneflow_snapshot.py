@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from holdfast.checkpoint import Reader
 from holdfast.dtypes import BY_NAME
 from holdfast.errors import FormatError
 from holdfast.folder import FolderSource
 from holdfast.formats import oneflow_pickle, oneflow_snapshot
+from holdfast.reader import Reader
 from oneflow_states import assert_same, folder_values, index_folder, meta, snapshot, variable
 
 WEIGHT = np.arange(6, dtype="<f4").reshape(2, 3)

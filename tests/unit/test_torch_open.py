@@ -112,7 +112,7 @@ def test_the_cost_of_a_tensor_does_not_grow(tmp_path: Path) -> None:
 
 def test_prefetch_asks_for_what_is_in_the_file(tmp_path: Path) -> None:
     """Not for what an expanded tensor, or a deflated one, would take without that."""
-    from holdfast.checkpoint import Reader
+    from holdfast.reader import Reader
     from holdfast.source import open_source
 
     golden = Path(__file__).parents[1] / "golden" / "torch" / "views-torch2.13.0.pt"

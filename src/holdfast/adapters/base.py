@@ -20,7 +20,6 @@ __all__ = [
     "Storages",
     "dtypes_of",
     "refusal",
-    "rows_of",
     "vet_row",
 ]
 
@@ -292,15 +291,6 @@ class Adapter(Protocol):
 def dtypes_of(batch: TensorBatch) -> list[DType]:
     """The element types that occur in a batch."""
     return [DTYPES[code] for code in np.flatnonzero(np.bincount(batch.views["dtype"])).tolist()]
-
-
-def rows_of(batch: TensorBatch, which: Sequence[int]) -> TensorBatch:
-    """Some rows of a batch that is to be wrapped."""
-    if len(which) == len(batch):
-        return batch
-    owner = None if batch.owner is None else np.ascontiguousarray(batch.owner[which])
-    views = np.ascontiguousarray(batch.views[which])
-    return TensorBatch(views, batch.dims, batch.owners, owner=owner)
 
 
 def vet_row(view: TensorView, nbytes: int) -> None:

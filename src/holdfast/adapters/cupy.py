@@ -28,7 +28,7 @@ from ..views import (
     device_of,
 )
 from ._dense_storages import DenseStorages
-from .base import dtypes_of, refusal, rows_of, vet_row
+from .base import dtypes_of, refusal, vet_row
 from .numpy import ADAPTER as NUMPY
 
 __all__ = ["ADAPTER", "CupyAdapter"]
@@ -107,7 +107,7 @@ class CupyAdapter:
             else:
                 host.append(i)
         if host:
-            for i, array in zip(host, NUMPY.wrap(rows_of(batch, host), {}), strict=True):
+            for i, array in zip(host, NUMPY.wrap(batch.take(host), {}), strict=True):
                 arrays[i] = cupy.array(array)
         return arrays
 
@@ -240,6 +240,10 @@ class CupyAdapter:
     def writable(self, tensor: Any) -> bool:  # noqa: ARG002
         """True: CuPy has no read-only arrays."""
         return True
+
+    def mismatch(self, tensor: Any, name: str) -> str | None:  # noqa: ARG002
+        """None: the tensors of a file are such as these."""
+        return None
 
     def shape_text(self, shape: tuple[int, ...]) -> str:
         """A shape as CuPy prints it."""

@@ -30,7 +30,7 @@ from ..views import (
 )
 from ._capsules import Exported, look
 from ._dense_storages import DenseStorages
-from .base import dtypes_of, refusal, rows_of, vet_row
+from .base import dtypes_of, refusal, vet_row
 from .numpy import ADAPTER as NUMPY
 
 __all__ = ["ADAPTER", "JaxAdapter"]
@@ -135,7 +135,7 @@ class JaxAdapter:
                     if not text.startswith("dtype:ml_dtypes."):
                         raise ValueError(f"kind {text!r}: JAX has no such elements")
                     own[place] = text
-            made = _put(NUMPY.wrap(rows_of(batch, host), own))
+            made = _put(NUMPY.wrap(batch.take(host), own))
             for i, array in zip(host, made, strict=True):
                 arrays[i] = array
         return arrays
@@ -163,7 +163,7 @@ class JaxAdapter:
                 vet_row(view, nbytes)
                 handles.append(_Bytes(None, view, location))
             else:
-                handles.append(_Bytes(NUMPY.wrap(rows_of(batch, [i]), {})[0], None, location))
+                handles.append(_Bytes(NUMPY.wrap(batch.take([i]), {})[0], None, location))
         return handles
 
     def handle_of(self, tensor: Any) -> Any:
@@ -253,6 +253,10 @@ class JaxAdapter:
     def writable(self, tensor: Any) -> bool:  # noqa: ARG002
         """False: JAX's arrays are immutable."""
         return False
+
+    def mismatch(self, tensor: Any, name: str) -> str | None:  # noqa: ARG002
+        """None: the tensors of a file are such as these."""
+        return None
 
     def shape_text(self, shape: tuple[int, ...]) -> str:
         """A shape as JAX prints it."""
