@@ -12,7 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from . import imports, machine, memory, operations, programs, real_oneflow, report, workloads
+from . import (
+    device_contenders,
+    devices,
+    imports,
+    machine,
+    memory,
+    operations,
+    programs,
+    real_oneflow,
+    report,
+    workloads,
+)
 from .contenders import CONTENDERS
 from .samples import Run, Sample, Skip, read, write_line
 from .workloads import Material, Workload
@@ -23,6 +34,7 @@ OPERATIONS = (
     *memory.NAMES,
     programs.NAME,
     *real_oneflow.NAMES,
+    *devices.NAMES,
     imports.NAME,
 )
 
@@ -58,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [name for name in ops if name not in OPERATIONS]:
         made.error(f"unknown operation {unknown[0]!r}; there are {', '.join(OPERATIONS)}")
     only = frozenset(filter(None, arguments.contenders.split(";")))
-    if unknown := sorted(only - {contender.name for contender in CONTENDERS}):
+    known = {contender.name for contender in CONTENDERS} | set(device_contenders.NAMES)
+    if unknown := sorted(only - known):
         made.error(f"unknown contender {unknown[0]!r}; --list says which there are")
     if arguments.samples < 1 or arguments.scale <= 0:
         made.error("--samples has to be at least 1, --scale above 0")
@@ -71,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     directory = Path(tempfile.mkdtemp(prefix="benchmark-", dir=arguments.dir))
     try:
         run = Run(machine.describe(directory, _asked(arguments)))
+        if set(ops) & set(devices.NAMES) and (found := devices.describe()):
+            run.machine["accelerator"] = found
+            print(found, file=sys.stderr, flush=True)
         out = arguments.out or RESULTS / f"{machine.slug(run.machine)}.jsonl"
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("w") as f:
@@ -142,6 +158,9 @@ def record(
     for name in real_oneflow.NAMES:
         if name in ops:
             keep(name, real_oneflow.measure(name, samples, scale, directory, skipped))
+    for name in devices.NAMES:
+        if name in ops:
+            keep(name, devices.measure(name, samples, scale, directory, skipped, only))
     if imports.NAME in ops:
         keep(imports.NAME, imports.measure(samples, skipped))
 
@@ -157,6 +176,12 @@ def listing() -> str:
         missing = contender.missing()
         state = f"missing: {missing}" if missing else ", ".join(contender.actions)
         lines.append(f"  {contender.name:<22}{contender.role:<7}{state}")
+    lines.append("contenders on devices")
+    without = devices.absent()
+    for each in device_contenders.CONTENDERS:
+        missing = each.missing()
+        state = f"missing: {missing}" if missing else without or "can be measured"
+        lines.append(f"  {each.name:<28}{each.role:<7}{state}")
     return "\n".join(lines)
 
 

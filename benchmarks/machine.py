@@ -12,7 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("holdfast", "numpy", "torch", "safetensors", "ml_dtypes", "Cython")
+PACKAGES = (
+    "holdfast", "numpy", "torch", "safetensors", "ml_dtypes", "Cython",
+    "cupy-cuda12x", "cupy-cuda13x", "cupy",
+)  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
 

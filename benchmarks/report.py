@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import imports, memory, programs, real_oneflow
+from . import device_contenders, devices, imports, memory, programs, real_oneflow
 from .contenders import CONTENDERS
 from .operations import OPERATIONS
 from .samples import SECONDS, Run, Sample, Spread
@@ -14,9 +14,11 @@ TITLES = {operation.name: operation.title for operation in OPERATIONS}
 TITLES |= memory.TITLES
 TITLES[programs.NAME] = programs.TITLE
 TITLES |= real_oneflow.TITLES
+TITLES |= devices.TITLES | devices.FIGURES
 TITLES[imports.NAME] = imports.TITLE
 
 _ORDER = {contender.name: i for i, contender in enumerate(CONTENDERS)}
+_ON_DEVICES = {name: i for i, name in enumerate(device_contenders.NAMES)}
 
 Row = tuple[str, ...]
 
@@ -63,6 +65,7 @@ def _machine(machine: dict[str, Any]) -> str:
         f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('memory_gib')} GiB, "
         f"Linux {machine.get('kernel')}, {disk.get('type')} on {disk.get('device')}",
         f"Python {machine.get('python')}, {', '.join(packages)}",
+        *([f"accelerator: {machine['accelerator']}"] if machine.get("accelerator") else []),
         f"arguments: {machine.get('arguments')}",
     ]
     return "\n".join(f"- {line}" for line in lines)
@@ -77,7 +80,10 @@ def _targets(run: Run) -> str:
 
 
 def _group(group: dict[str, list[Sample]]) -> str:
-    names = sorted(group, key=_place)
+    operation = next(iter(group.values()))[0].operation
+    order = _ON_DEVICES if operation.startswith("device-") else _ORDER
+    # Rows stand in the order of the table of contenders.
+    names = sorted(group, key=lambda name: order.get(name, len(order)))
     ours = group[names[0]] if group[names[0]][0].role == "ours" else []
     base = Spread.of(s.value for s in ours).median if ours else 0.0
     rows: list[Row] = []
@@ -98,11 +104,6 @@ def _group(group: dict[str, list[Sample]]) -> str:
     return table(
         ("contender", f"median {head}", "min … max", "quartiles", "rate", "÷ holdfast", "n"), rows
     )
-
-
-def _place(name: str) -> int:
-    """Rows stand in the order of the table of contenders."""
-    return _ORDER.get(name, len(_ORDER))
 
 
 def _spread(spread: Spread, unit: str) -> tuple[str, str, str]:
