@@ -42,8 +42,10 @@ def made(name: str, shape: tuple[int, ...], seed: int = 0, device: str = "cuda")
 
     row = BY_TORCH[name]
     rng = np.random.default_rng([seed, *map(ord, name), *shape])
-    data = rng.integers(0, 2 if name == "bool" else 256, row.nbytes(shape), np.uint8)
-    return torch.from_numpy(data).to(device).view(getattr(torch, name)).view(shape)
+    nbytes = row.nbytes(shape)
+    data = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    data[:] = torch.from_numpy(rng.integers(0, 2 if name == "bool" else 256, nbytes, np.uint8))
+    return data.view(getattr(torch, name)).view(shape)
 
 
 def raw(tensor: Any) -> bytes:

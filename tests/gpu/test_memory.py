@@ -1,4 +1,4 @@
-"""What a save and a load take of the host, of pinned memory and of the device; and when it lacks."""
+"""What a save and a load take of the host, pinned, and of the device; when there is none left."""
 
 from __future__ import annotations
 
