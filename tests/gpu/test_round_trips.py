@@ -187,6 +187,31 @@ def test_file_objects(torch: Any, ring: staging.Staging, tmp_path: Path) -> None
     assert holdfast.verify(tmp_path / "x").ok
 
 
+def test_what_cannot_be_staged_is_brought_there_too(torch: Any, tmp_path: Path) -> None:
+    value = np.arange(70_001, dtype=np.float32)
+    np.savez_compressed(tmp_path / "x.npz", x=value)
+    expected = {"x": torch.from_numpy(value).to("cuda")}
+    same(holdfast.load(tmp_path / "x.npz", "cuda", framework="torch"), expected)
+    np.savez(tmp_path / "y.npz", x=value.astype(">f4"))
+    same(holdfast.load(tmp_path / "y.npz", "cuda", framework="torch"), expected)
+    holdfast.save({"x": value}, tmp_path / "z")
+    once = io.BufferedReader(Once((tmp_path / "z").read_bytes()))
+    same(holdfast.load(once, "cuda", framework="torch"), expected)
+
+
+class Once(io.RawIOBase):
+    """Bytes that pass once."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, memory: Any) -> int:
+        return self._data.readinto(memory)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_opened_on_a_device(torch: Any, ring: staging.Staging, tmp_path: Path, name: str) -> None:
     tensors = spread()
