@@ -318,7 +318,7 @@ class AdapterSuite:
         assert once() == first
 
     def test_memory_is_not_leaked(self) -> None:
-        """Caches below fill up in the first rounds; a leak would grow in each of them."""
+        """Caches below fill up, more slowly each round; a leak would grow by as much in each."""
         tensors = [*self.layouts().values(), *self.kinds()]
         batch = self.batch([("int32", (3,))] * 64)
         traced = []
@@ -332,7 +332,8 @@ class AdapterSuite:
                 traced.append(tracemalloc.get_traced_memory()[0])
         finally:
             tracemalloc.stop()
-        assert min(np.diff(traced)) < 2000, traced
+        grown = np.diff(traced)
+        assert grown[-1] < max(2000, 0.7 * grown[0]), traced
 
     # -- where tensors go
 
