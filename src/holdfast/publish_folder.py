@@ -345,9 +345,11 @@ class _Writer:
                     if row != current:
                         files.close()
                         current, fd = row, files.enter_context(_created(self.fd, path, self.name))
+                    piece = own[i : i + 1].copy()
+                    piece["file"] = 0  # to the engine it says whether to let go of the memory
                     _engine.write(
                         fd,
-                        own[i : i + 1].copy(),
+                        piece,
                         threads=self.threads,
                         checksum=False,
                         direct=durable,

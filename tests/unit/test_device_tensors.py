@@ -14,7 +14,7 @@ import pytest
 import device_arrays
 import holdfast
 from device_arrays import CODE, DeviceArray, put
-from holdfast import ChecksumError, staging
+from holdfast import ChecksumError, _engine, staging
 from holdfast.staging.host import HostDevice
 
 RING = staging.Staging(block_size=1 << 16, blocks=3)
@@ -257,6 +257,23 @@ def test_bytes_of_bool_that_are_neither_0_nor_1(tmp_path: Path, name: str) -> No
     target = {"b": put(np.zeros_like(value)), "u": put(np.zeros(200_000, np.uint8))}
     holdfast.load_into(target, tmp_path / name, staging=RING)
     assert (target["b"].get().view(np.uint8) == expected).all()
+
+
+@pytest.mark.usefixtures("devices")
+def test_blocks_are_not_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As memory of a map is: a device would go on writing to the pages that they had."""
+    real, said = _engine.write, []
+
+    def spy(fd: int, segments: np.ndarray, **how: Any) -> bool:
+        said.extend(segments["file"].tolist())
+        return real(fd, segments, **how)
+
+    monkeypatch.setattr(_engine, "write", spy)
+    for name in FORMATS:
+        expected = values(name)
+        save({k: put(v) for k, v in expected.items()}, tmp_path / name)
+    assert said
+    assert not any(said)
 
 
 def test_a_device_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
