@@ -10,6 +10,7 @@ import numpy as np
 
 from . import _engine
 from ._buffer import Buffer
+from .booleans import BOOL
 from .dtypes import BY_NAME, DTYPES
 from .errors import ChecksumError, FormatError
 from .folder import Origin
@@ -35,7 +36,6 @@ __all__ = [
 
 _UNITS = np.array([row.unit for row in DTYPES], np.uint64)
 _UNTYPED = BY_NAME["uint8"].code
-_BOOL = BY_NAME["bool"].code
 _SIZES = np.array([row.itemsize for row in DTYPES], np.int64)
 
 Progress = Callable[[int], object]
@@ -133,7 +133,7 @@ def segments_of(index: Index, which: np.ndarray) -> np.ndarray:
 def booleans(index: Index, rows: np.ndarray) -> np.ndarray:
     """Which of the storages that these entries are views of are elements of type bool."""
     assert index.storages is not None
-    found: np.ndarray = index.storages["dtype"][used(index, rows)] == _BOOL
+    found: np.ndarray = index.storages["dtype"][used(index, rows)] == BOOL
     return found
 
 

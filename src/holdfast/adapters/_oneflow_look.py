@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import oneflow
 
 from ..dtypes import DTYPES
+from ._capsules import look
 
 __all__ = ["Place", "places"]
 
@@ -18,28 +18,6 @@ __all__ = ["Place", "places"]
 _SMALL, _MANY = 16 << 10, 32
 #: Bytes that may be gathered in all.
 _ROOM = 32 << 20
-
-
-class _Tensor(ctypes.Structure):
-    """``DLTensor``, with the parts of the structures in it side by side."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +91,6 @@ def _look(tensor: Any) -> Place:
         array = np.ascontiguousarray(array)
         return Place(array.ctypes.data, None, array)
     capsule = oneflow.to_dlpack(plain)
-    found = _Tensor.from_address(_pointer(capsule, b"dltensor"))
+    found = look(capsule)
     strides = None if dense else tuple(found.strides[: found.ndim])
     return Place((found.data or 0) + found.byte_offset, strides, tensor)
