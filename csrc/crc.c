@@ -6,13 +6,15 @@
 
 #define POLYNOMIAL 0xEDB88320u /* x^32 + x^26 + ... + 1, the highest power in bit 0 */
 #define ONE 0x80000000u        /* the polynomial 1 */
+#define PORTABLE_BLOCK ((size_t)64 << 10) /* copied, then summed while it is in cache */
 
 /*
  * table[k][b]: what byte b adds to the state when k zero bytes follow it. Filled, like the choice,
  * when the library is loaded: before any thread can call, so no locks.
  */
 static uint32_t table[8][256];
-static hold_crc_update variants[1 + HOLD_CRC_VARIANTS] = {hold_crc_portable};
+static uint32_t copy_portable(uint32_t state, const uint8_t *data, size_t nbytes, uint8_t *to);
+static hold_crc_way variants[1 + HOLD_CRC_VARIANTS] = {{hold_crc_portable, copy_portable}};
 static size_t variant_count = 1;
 
 __attribute__((constructor)) static void prepare(void)
@@ -48,16 +50,32 @@ uint32_t hold_crc_portable(uint32_t state, const uint8_t *data, size_t nbytes)
     return state;
 }
 
-uint32_t hold_crc32(uint32_t crc, const void *data, size_t nbytes)
+static uint32_t copy_portable(uint32_t state, const uint8_t *data, size_t nbytes, uint8_t *to)
 {
-    return ~variants[variant_count - 1](~crc, data, nbytes);
+    for (size_t n; nbytes; nbytes -= n, data += n, to += n) {
+        n = nbytes < PORTABLE_BLOCK ? nbytes : PORTABLE_BLOCK;
+        memcpy(to, data, n);
+        state = hold_crc_portable(state, to, n);
+    }
+    return state;
 }
 
-bool hold_crc32_variant(size_t which, uint32_t *crc, const void *data, size_t nbytes)
+uint32_t hold_crc32(uint32_t crc, const void *data, size_t nbytes)
+{
+    return ~variants[variant_count - 1].update(~crc, data, nbytes);
+}
+
+uint32_t hold_crc32_copy(uint32_t crc, void *to, const void *from, size_t nbytes)
+{
+    return ~variants[variant_count - 1].copy(~crc, from, nbytes, to);
+}
+
+bool hold_crc32_variant(size_t which, uint32_t *crc, void *to, const void *data, size_t nbytes)
 {
     if (which >= variant_count)
         return false;
-    *crc = ~variants[which](~*crc, data, nbytes);
+    *crc = to ? ~variants[which].copy(~*crc, data, nbytes, to)
+              : ~variants[which].update(~*crc, data, nbytes);
     return true;
 }
 

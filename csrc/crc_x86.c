@@ -11,6 +11,7 @@
 #if defined(__x86_64__)
 
 #include <immintrin.h>
+#include <string.h>
 
 /* The two factors for a fold over `bits`, each reversed and shifted by one, as the product of
  * reversed operands asks. Low: x^(bits + 32); high: x^(bits - 32). */
@@ -23,6 +24,7 @@
 #define FOLD_2048_LOW 0x11542778a
 #define FOLD_2048_HIGH 0x1322d1430
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 #define TARGET_128 __attribute__((target("pclmul,sse4.1")))
 #define TARGET_256 __attribute__((target("vpclmulqdq,pclmul,avx2")))
 #define TARGET_512 __attribute__((target("vpclmulqdq,pclmul,avx512f")))
@@ -34,15 +36,18 @@ TARGET_128 static inline __m128i fold128(__m128i x, __m128i k, __m128i next)
     return _mm_xor_si128(_mm_xor_si128(low, high), next);
 }
 
-/* Fold what is left, sixteen bytes at a time, and take the remainder. */
-TARGET_128 static uint32_t finish(__m128i x, const uint8_t *data, size_t nbytes)
+/* Fold what is left from `at` on, sixteen bytes at a time, and take the remainder. */
+TARGET_128 static uint32_t finish(__m128i x, const uint8_t *data, size_t at, size_t nbytes,
+                                  uint8_t *to)
 {
     const __m128i k = _mm_set_epi64x(FOLD_128_HIGH, FOLD_128_LOW);
-    for (; nbytes >= 16; data += 16, nbytes -= 16)
-        x = fold128(x, k, _mm_loadu_si128((const __m128i *)data));
+    if (to)
+        memcpy(to + at, data + at, nbytes - at);
+    for (; nbytes - at >= 16; at += 16)
+        x = fold128(x, k, _mm_loadu_si128((const __m128i *)(data + at)));
     uint8_t bytes[16];
     _mm_storeu_si128((__m128i *)bytes, x);
-    return hold_crc_portable(hold_crc_portable(0, bytes, 16), data, nbytes);
+    return hold_crc_portable(hold_crc_portable(0, bytes, 16), data + at, nbytes - at);
 }
 
 /* `count` accumulators of 128 bits, end to end, into one. */
@@ -55,27 +60,40 @@ TARGET_128 static __m128i join(const uint8_t *accumulators, int count)
     return x;
 }
 
-TARGET_128 static uint32_t update128(uint32_t state, const uint8_t *data, size_t nbytes)
+/*
+ * Below, `to` is NULL or where the bytes go; it is known where these are inlined, so that a sum
+ * without a copy does not ask. The stores go through the caches: fresh memory, which the kernel has
+ * just zeroed, is still in them.
+ */
+TARGET_128 static ALWAYS_INLINE __m128i take128(const uint8_t *data, uint8_t *to, size_t at)
 {
-    if (nbytes < 16)
-        return hold_crc_portable(state, data, nbytes);
+    __m128i x = _mm_loadu_si128((const __m128i *)(data + at));
+    if (to)
+        _mm_storeu_si128((__m128i *)(to + at), x);
+    return x;
+}
+
+TARGET_128 static ALWAYS_INLINE uint32_t run128(uint32_t state, const uint8_t *data, size_t nbytes,
+                                                uint8_t *to)
+{
     __m128i seed = _mm_cvtsi32_si128((int)state);
-    if (nbytes < 64) {
-        __m128i x = _mm_xor_si128(seed, _mm_loadu_si128((const __m128i *)data));
-        return finish(x, data + 16, nbytes - 16);
+    if (nbytes < 16) {
+        if (to)
+            memcpy(to, data, nbytes);
+        return hold_crc_portable(state, data, nbytes);
     }
+    if (nbytes < 64)
+        return finish(_mm_xor_si128(seed, take128(data, to, 0)), data, 16, nbytes, to);
     const __m128i k = _mm_set_epi64x(FOLD_512_HIGH, FOLD_512_LOW);
-    const __m128i *in = (const __m128i *)data;
     _Alignas(16) __m128i x[4];
-    for (int i = 0; i < 4; i++)
-        x[i] = _mm_loadu_si128(in + i);
+    for (size_t i = 0; i < 4; i++)
+        x[i] = take128(data, to, 16 * i);
     x[0] = _mm_xor_si128(x[0], seed);
-    for (data += 64, nbytes -= 64; nbytes >= 64; data += 64, nbytes -= 64) {
-        in = (const __m128i *)data;
-        for (int i = 0; i < 4; i++)
-            x[i] = fold128(x[i], k, _mm_loadu_si128(in + i));
-    }
-    return finish(join((const uint8_t *)x, 4), data, nbytes);
+    size_t at = 64;
+    for (; nbytes - at >= 64; at += 64)
+        for (size_t i = 0; i < 4; i++)
+            x[i] = fold128(x[i], k, take128(data, to, at + 16 * i));
+    return finish(join((const uint8_t *)x, 4), data, at, nbytes, to);
 }
 
 TARGET_256 static inline __m256i fold256(__m256i x, __m256i k, __m256i next)
@@ -85,23 +103,30 @@ TARGET_256 static inline __m256i fold256(__m256i x, __m256i k, __m256i next)
     return _mm256_xor_si256(_mm256_xor_si256(low, high), next);
 }
 
-TARGET_256 static uint32_t update256(uint32_t state, const uint8_t *data, size_t nbytes)
+TARGET_256 static ALWAYS_INLINE __m256i take256(const uint8_t *data, uint8_t *to, size_t at)
+{
+    __m256i x = _mm256_loadu_si256((const __m256i *)(data + at));
+    if (to)
+        _mm256_storeu_si256((__m256i *)(to + at), x);
+    return x;
+}
+
+TARGET_256 static ALWAYS_INLINE uint32_t run256(uint32_t state, const uint8_t *data, size_t nbytes,
+                                                uint8_t *to)
 {
     if (nbytes < 256)
-        return update128(state, data, nbytes);
+        return run128(state, data, nbytes, to);
     const __m256i k = _mm256_set_epi64x(FOLD_1024_HIGH, FOLD_1024_LOW, FOLD_1024_HIGH,
                                         FOLD_1024_LOW);
-    const __m256i *in = (const __m256i *)data;
     _Alignas(32) __m256i x[4];
-    for (int i = 0; i < 4; i++)
-        x[i] = _mm256_loadu_si256(in + i);
+    for (size_t i = 0; i < 4; i++)
+        x[i] = take256(data, to, 32 * i);
     x[0] = _mm256_xor_si256(x[0], _mm256_set_epi32(0, 0, 0, 0, 0, 0, 0, (int)state));
-    for (data += 128, nbytes -= 128; nbytes >= 128; data += 128, nbytes -= 128) {
-        in = (const __m256i *)data;
-        for (int i = 0; i < 4; i++)
-            x[i] = fold256(x[i], k, _mm256_loadu_si256(in + i));
-    }
-    return finish(join((const uint8_t *)x, 8), data, nbytes);
+    size_t at = 128;
+    for (; nbytes - at >= 128; at += 128)
+        for (size_t i = 0; i < 4; i++)
+            x[i] = fold256(x[i], k, take256(data, to, at + 32 * i));
+    return finish(join((const uint8_t *)x, 8), data, at, nbytes, to);
 }
 
 TARGET_512 static inline __m512i fold512(__m512i x, __m512i k, __m512i next)
@@ -111,38 +136,65 @@ TARGET_512 static inline __m512i fold512(__m512i x, __m512i k, __m512i next)
     return _mm512_ternarylogic_epi64(low, high, next, 0x96); /* the three of them, xor */
 }
 
-TARGET_512 static uint32_t update512(uint32_t state, const uint8_t *data, size_t nbytes)
+TARGET_512 static ALWAYS_INLINE __m512i take512(const uint8_t *data, uint8_t *to, size_t at)
 {
-    if (nbytes < 512)
-        return update128(state, data, nbytes);
-    const __m512i k = _mm512_broadcast_i32x4(_mm_set_epi64x(FOLD_2048_HIGH, FOLD_2048_LOW));
-    _Alignas(64) __m512i x[4];
-    for (int i = 0; i < 4; i++)
-        x[i] = _mm512_loadu_si512(data + 64 * i);
-    x[0] = _mm512_xor_si512(x[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)state)));
-    for (data += 256, nbytes -= 256; nbytes >= 256; data += 256, nbytes -= 256)
-        for (int i = 0; i < 4; i++)
-            x[i] = fold512(x[i], k, _mm512_loadu_si512(data + 64 * i));
-    return finish(join((const uint8_t *)x, 16), data, nbytes);
+    __m512i x = _mm512_loadu_si512(data + at);
+    if (to)
+        _mm512_storeu_si512(to + at, x);
+    return x;
 }
 
-size_t hold_crc_variants_x86(hold_crc_update out[HOLD_CRC_VARIANTS])
+TARGET_512 static ALWAYS_INLINE uint32_t run512(uint32_t state, const uint8_t *data, size_t nbytes,
+                                                uint8_t *to)
+{
+    if (nbytes < 512)
+        return run128(state, data, nbytes, to);
+    const __m512i k = _mm512_broadcast_i32x4(_mm_set_epi64x(FOLD_2048_HIGH, FOLD_2048_LOW));
+    _Alignas(64) __m512i x[4];
+    for (size_t i = 0; i < 4; i++)
+        x[i] = take512(data, to, 64 * i);
+    x[0] = _mm512_xor_si512(x[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)state)));
+    size_t at = 256;
+    for (; nbytes - at >= 256; at += 256)
+        for (size_t i = 0; i < 4; i++)
+            x[i] = fold512(x[i], k, take512(data, to, at + 64 * i));
+    return finish(join((const uint8_t *)x, 16), data, at, nbytes, to);
+}
+
+/* The two of a variant: with `to` and without. */
+#define VARIANT(width)                                                                             \
+    TARGET_##width static uint32_t update##width(uint32_t state, const uint8_t *data,              \
+                                                 size_t nbytes)                                    \
+    {                                                                                              \
+        return run##width(state, data, nbytes, NULL);                                              \
+    }                                                                                              \
+    TARGET_##width static uint32_t copy##width(uint32_t state, const uint8_t *data, size_t nbytes, \
+                                               uint8_t *to)                                        \
+    {                                                                                              \
+        return run##width(state, data, nbytes, to);                                                \
+    }
+
+VARIANT(128)
+VARIANT(256)
+VARIANT(512)
+
+size_t hold_crc_variants_x86(hold_crc_way out[HOLD_CRC_VARIANTS])
 {
     size_t n = 0;
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("pclmul") || !__builtin_cpu_supports("sse4.1"))
         return 0;
-    out[n++] = update128;
+    out[n++] = (hold_crc_way){update128, copy128};
     if (__builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("avx2"))
-        out[n++] = update256;
+        out[n++] = (hold_crc_way){update256, copy256};
     if (__builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("avx512f"))
-        out[n++] = update512;
+        out[n++] = (hold_crc_way){update512, copy512};
     return n;
 }
 
 #else
 
-size_t hold_crc_variants_x86(hold_crc_update out[HOLD_CRC_VARIANTS])
+size_t hold_crc_variants_x86(hold_crc_way out[HOLD_CRC_VARIANTS])
 {
     (void)out;
     return 0;

@@ -111,6 +111,9 @@ int hold_resident(const void *data, size_t nbytes, uint64_t *out);
 /* The zip CRC-32 (reflected 0xEDB88320) of data, continuing `crc` (0 to begin). */
 uint32_t hold_crc32(uint32_t crc, const void *data, size_t nbytes);
 
+/* The same of bytes that are copied on the way; `to` does not overlap them. */
+uint32_t hold_crc32_copy(uint32_t crc, void *to, const void *from, size_t nbytes);
+
 /* CRC-32 of A followed by B, from those of A and of B and the length of B. */
 uint32_t hold_crc32_combine(uint32_t a, uint32_t b, uint64_t nbytes_b);
 
@@ -354,15 +357,16 @@ void hold_folder_abort(hold_folder *self);
 uint64_t hold_fault_arm(uint64_t n, int error);
 
 /*
- * As hold_crc32, by one of the variants that this machine can run: 0 is the portable one, the last
- * that which hold_crc32 uses. False where there is no such variant. For tests alone.
+ * As hold_crc32, or, unless `to` is NULL, as hold_crc32_copy, by one of the variants that this
+ * machine can run: 0 is the portable one, the last that which they use. False where there is no
+ * such variant. For tests alone.
  */
-bool hold_crc32_variant(size_t which, uint32_t *crc, const void *data, size_t nbytes);
+bool hold_crc32_variant(size_t which, uint32_t *crc, void *to, const void *data, size_t nbytes);
 
 /*
  * Make every call of this name fail with `error` (an errno), besides: a file system that lacks it.
  * Such calls are not counted. NULL: none. Names are those of the calls ("linkat"), with "tmpfile"
- * for openat(O_TMPFILE), "ioctl" for FICLONE. To be called while no other call of the engine runs.
+ * for openat(O_TMPFILE), "ioctl" for FICLONE, "pagemap" for PAGEMAP_SCAN. To be called while no other call of the engine runs.
  */
 void hold_fault_ban(const char *name, int error);
 

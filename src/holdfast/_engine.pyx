@@ -14,10 +14,10 @@ import os
 from .errors import FormatError
 
 __all__ = [
-    "FolderPublication", "Publication", "allocate", "crc32", "crc32_combine", "crc32_variants",
-    "create_beneath", "fault_arm", "fault_ban", "fault_hit", "filesystem", "lend", "live_buffers",
-    "map_file", "open_beneath", "populate_cached", "prefetch", "read", "read_files", "resident",
-    "write", "write_files",
+    "FolderPublication", "Publication", "allocate", "crc32", "crc32_combine", "crc32_copies",
+    "crc32_variants", "create_beneath", "fault_arm", "fault_ban", "fault_hit", "filesystem", "lend",
+    "live_buffers", "map_file", "open_beneath", "populate_cached", "prefetch", "read", "read_files",
+    "resident", "write", "write_files",
 ]
 
 
@@ -36,7 +36,8 @@ cdef extern from "hold.h" nogil:
 
     uint32_t hold_crc32(uint32_t crc, const void *data, size_t nbytes)
     uint32_t hold_crc32_combine(uint32_t a, uint32_t b, uint64_t nbytes_b)
-    bint hold_crc32_variant(size_t which, uint32_t *crc, const void *data, size_t nbytes)
+    bint hold_crc32_variant(size_t which, uint32_t *crc, void *to, const void *data,
+                            size_t nbytes)
 
     ctypedef struct hold_layout:
         const int64_t *shape
@@ -126,8 +127,21 @@ def crc32_variants(const unsigned char[::1] data not None, uint32_t value=0):
     cdef size_t nbytes = data.shape[0]
     cdef const unsigned char *bytes_ = &data[0] if nbytes else NULL
     cdef uint32_t crc = value
-    while hold_crc32_variant(len(found), &crc, bytes_, nbytes):
+    while hold_crc32_variant(len(found), &crc, NULL, bytes_, nbytes):
         found.append(crc)
+        crc = value
+    return found
+
+
+def crc32_copies(const unsigned char[::1] data not None, uint32_t value=0):
+    """The same of the ways to compute it while bytes are copied: each with the copy."""
+    cdef list found = []
+    cdef size_t nbytes = data.shape[0]
+    cdef uint32_t crc = value
+    cdef bytearray to = bytearray(nbytes)
+    while nbytes and hold_crc32_variant(len(found), &crc, <char *>to, &data[0], nbytes):
+        found.append((crc, to))
+        to = bytearray(nbytes)
         crc = value
     return found
 

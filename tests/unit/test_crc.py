@@ -32,6 +32,15 @@ def test_every_length_that_an_inner_loop_can_end_with() -> None:
     assert checked >= 1100
 
 
+def test_a_copy_on_the_way() -> None:
+    for nbytes in [*range(1, 1100), 5_000_011]:
+        data = memoryview(NOISE * (nbytes // len(NOISE) + 1))[3 : 3 + nbytes]
+        found = _engine.crc32_copies(data, 77)
+        assert len(found) == len(_engine.crc32_variants(data))
+        assert {crc for crc, _ in found} == {zlib.crc32(data, 77)}, nbytes
+        assert all(copy == data for _, copy in found), nbytes
+
+
 @pytest.mark.parametrize("nbytes", [1, 15, 16, 17, 63, 64, 255, 256, 511, 512, 513, 4096, 9001])
 def test_every_alignment(nbytes: int) -> None:
     block = np.frombuffer(NOISE, np.uint8)
