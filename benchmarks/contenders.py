@@ -185,6 +185,13 @@ CONTENDERS: tuple[Contender, ...] = (
         {"load": lambda job: limits.read(job.path, direct=False)},
     ),
     Contender(
+        "memcpy out of a map",
+        "limit",
+        "bytes",
+        "raw",
+        {"load": lambda job: limits.read_mapped(job.path)},
+    ),
+    Contender(
         "raw O_DIRECT read",
         "limit",
         "bytes",

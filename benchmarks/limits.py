@@ -22,6 +22,8 @@ from .objects import Bytes
 CHUNK = 8 << 20
 ALIGN = 4096
 HUGE = 2 << 20
+#: ``MADV_POPULATE_READ`` of Linux 5.14, which Python's mmap does not name.
+POPULATE_READ = 22
 #: Bytes of random data that writes and copies take turns through: far more than any cache holds.
 SOURCE = 256 << 20
 IO_THREADS = 4
@@ -192,6 +194,28 @@ def read(path: Path, *, direct: bool) -> Bytes:
     finally:
         os.close(fd)
     return memory[:size]
+
+
+def read_mapped(path: Path) -> Bytes:
+    """Copy the whole file out of a map into fresh memory, as is safe while nobody may cut it.
+
+    Page tables are made for 8 MiB at a time (``MADV_POPULATE_READ``); undoing them is timed, too.
+    """
+    size = path.stat().st_size
+    memory = fresh(size)
+    with path.open("rb") as f, mmap.mmap(f.fileno(), size, prot=mmap.PROT_READ) as mapping:
+        _copy_out(mapping, memory)
+    return memory
+
+
+def _copy_out(mapping: mmap.mmap, memory: Bytes) -> None:
+    view = np.frombuffer(mapping, np.uint8)
+
+    def work(offset: int, length: int) -> None:
+        mapping.madvise(POPULATE_READ, offset, length)
+        np.copyto(memory[offset : offset + length], view[offset : offset + length])
+
+    in_chunks(len(memory), CPU_THREADS, work)
 
 
 def read_over(path: Path, *, direct: bool, threads: int = IO_THREADS) -> int:
