@@ -191,8 +191,12 @@ int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *opt
  * Read segments, sorted by (file, offset), without overlap; gaps between them are skipped.
  * All files are in one queue of chunks. The file position of the fds is not used or changed.
  *
- * What is in the page cache is copied from there, in stretches of 512 KiB. From 8 MiB on for a
- * call, the rest is read past it, with O_DIRECT, by a second descriptor that the call opens
+ * What is in the page cache is copied from there, in stretches of 512 KiB by read(2). Where a call
+ * is for 8 MiB and more, what a local file system has there in folios of 2 MiB is copied out of a
+ * map, under a read lease that keeps the file from being cut (lease.h), if the file is this user's
+ * and nobody has it open for writing: whoever then opens it for that waits for milliseconds.
+ *
+ * From 8 MiB on for a call, the rest is read past it, with O_DIRECT, by a second descriptor that the call opens
  * through /proc/self/fd and closes: straight to where the bytes belong where memory and offset are
  * aligned alike (page-aligned memory for page-aligned offsets always is), else through a worker's
  * buffer. So reading a cold file leaves the page cache as it was. Everything goes through the page
