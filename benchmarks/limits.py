@@ -24,8 +24,9 @@ ALIGN = 4096
 HUGE = 2 << 20
 #: ``MADV_POPULATE_READ`` of Linux 5.14, which Python's mmap does not name.
 POPULATE_READ = 22
-#: Bytes of random data that writes and copies take turns through: far more than any cache holds.
-SOURCE = 256 << 20
+#: Bytes of random data that writes and copies take turns through, where they move more: to copy the
+#: same 256 MiB again and again is faster than to copy as much that is all different.
+SOURCE = 4 << 30
 IO_THREADS = 4
 CPU_THREADS = len(os.sched_getaffinity(0))
 
