@@ -13,7 +13,7 @@ import numpy as np
 from . import _engine, adapters, fetch, objects
 from .booleans import BOOL, settle
 from .dequantize import dequantize, dequantized
-from .destinations import destination
+from .destinations import destination, said_of
 from .fetch import Destination
 from .folder import FolderSource, Origin, open_origin
 from .layout import Entry
@@ -83,7 +83,6 @@ class Checkpoint(Mapping[str, Any]):
     ) -> None:
         self._reader = Reader(source, strict=strict)
         self._dequantize = dequantize
-        self._location = location
         self._staging = staging
         if dequantize:
             self._reader.described = dequantized(self._reader.index)
@@ -93,6 +92,7 @@ class Checkpoint(Mapping[str, Any]):
         self._settled: set[int] = set()  # entries of bool whose mapped bytes were looked at
         self._closed = False
         index = self._reader.index
+        self._location = location = said_of(index, location)
         self._adapter = adapters.choose(framework, index.framework)
         self._forced = framework is not None
         # Asked for once, not for every tensor; some frameworks have no memory but a device's.

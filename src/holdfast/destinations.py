@@ -18,7 +18,18 @@ from .layout import Index
 if TYPE_CHECKING:
     from .staging import Staging
 
-__all__ = ["destination"]
+__all__ = ["destination", "said_of"]
+
+
+def said_of(index: Index, location: Any) -> Any:
+    """What ``map_location`` says of the tensors of a file.
+
+    A dict says what becomes of each place that tensors were saved at. Where the file does not tell
+    where they were, as ``torch.save``'s do, all are the host's: what ``"cpu"`` becomes.
+    """
+    if not index.locations and isinstance(location, Mapping):
+        return location.get("cpu")
+    return location
 
 
 def destination(

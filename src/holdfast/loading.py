@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from .adapters import Adapter
 from .annotated import annotate
 from .booleans import settle
 from .dequantize import dequantize, dequantized
-from .destinations import destination
+from .destinations import destination, said_of
 from .errors import FormatError
 from .fetch import Destination
 from .folder import FolderSource, Origin, open_origin
@@ -85,6 +85,7 @@ def load_file(f: FileLike, options: LoadOptions) -> Any:
             options.gate(index.format)
         if index.program is not None and not options.trust.weights_only:
             return _program(source, index.program, options)
+        options = replace(options, map_location=said_of(index, options.map_location))
         adapter = adapters.choose(options.framework, index.framework)
         if options.mmap and not source.mappable:
             raise ValueError(f"{source.name}: mmap=True needs the path of a regular file")

@@ -121,6 +121,24 @@ def test_loads_to_a_device(
     del found
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_dict_says_where_what_was_the_hosts_goes(
+    tmp_path: Path, devices: tuple[HostDevice, HostDevice], name: str
+) -> None:
+    """By its ``"cpu"``: these files do not tell where tensors were. And through the ring."""
+    expected = values(name)
+    save(expected, tmp_path / name)
+    where = {"cpu": "device:1", "device:1": "device:0"}
+    found = holdfast.load(tmp_path / name, where, framework="device", staging=RING)
+    assert {array.device for array in found.values()} == {CODE + 1}
+    same({k: found[k] for k in expected}, expected)
+    assert devices[1].calls["copy"]
+    with holdfast.open(tmp_path / name, framework="device", map_location=where) as f:
+        assert f["f4"].device == CODE + 1
+    here = holdfast.load(tmp_path / name, {"device:1": "device:0"}, framework="numpy")
+    same({k: here[k] for k in expected}, expected)
+
+
 @pytest.mark.usefixtures("devices")
 def test_some_of_the_tensors(tmp_path: Path) -> None:
     expected = values()
