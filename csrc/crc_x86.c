@@ -41,8 +41,10 @@ TARGET_128 static uint32_t finish(__m128i x, const uint8_t *data, size_t at, siz
                                   uint8_t *to)
 {
     const __m128i k = _mm_set_epi64x(FOLD_128_HIGH, FOLD_128_LOW);
-    if (to)
+    if (to) {
         memcpy(to + at, data + at, nbytes - at);
+        data = to; /* what is summed is what was stored */
+    }
     for (; nbytes - at >= 16; at += 16)
         x = fold128(x, k, _mm_loadu_si128((const __m128i *)(data + at)));
     uint8_t bytes[16];
@@ -79,7 +81,7 @@ TARGET_128 static ALWAYS_INLINE uint32_t run128(uint32_t state, const uint8_t *d
     __m128i seed = _mm_cvtsi32_si128((int)state);
     if (nbytes < 16) {
         if (to)
-            memcpy(to, data, nbytes);
+            data = memcpy(to, data, nbytes);
         return hold_crc_portable(state, data, nbytes);
     }
     if (nbytes < 64)

@@ -191,12 +191,8 @@ int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *opt
  * Read segments, sorted by (file, offset), without overlap; gaps between them are skipped.
  * All files are in one queue of chunks. The file position of the fds is not used or changed.
  *
- * What is in the page cache is copied from there, in stretches of 512 KiB by read(2). Where a call
- * is for 8 MiB and more, what a local file system has there in folios of 2 MiB is copied out of a
- * map, under a read lease that keeps the file from being cut (lease.h), if the file is this user's
- * and nobody has it open for writing: whoever then opens it for that waits for milliseconds.
- *
- * From 8 MiB on for a call, the rest is read past it, with O_DIRECT, by a second descriptor that the call opens
+ * What is in the page cache is copied from there, in stretches of 512 KiB. From 8 MiB on for a
+ * call, the rest is read past it, with O_DIRECT, by a second descriptor that the call opens
  * through /proc/self/fd and closes: straight to where the bytes belong where memory and offset are
  * aligned alike (page-aligned memory for page-aligned offsets always is), else through a worker's
  * buffer. So reading a cold file leaves the page cache as it was. Everything goes through the page
@@ -370,7 +366,7 @@ bool hold_crc32_variant(size_t which, uint32_t *crc, void *to, const void *data,
 /*
  * Make every call of this name fail with `error` (an errno), besides: a file system that lacks it.
  * Such calls are not counted. NULL: none. Names are those of the calls ("linkat"), with "tmpfile"
- * for openat(O_TMPFILE), "ioctl" for FICLONE, "pagemap" for PAGEMAP_SCAN. To be called while no other call of the engine runs.
+ * for openat(O_TMPFILE), "ioctl" for FICLONE. To be called while no other call of the engine runs.
  */
 void hold_fault_ban(const char *name, int error);
 

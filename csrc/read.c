@@ -1,7 +1,6 @@
 /*
  * Reading segments: chunks of all files in one queue, straight to where the bytes belong. What is
- * in the page cache is copied from there, by read(2) or out of a map; what is not is read past it,
- * where that can be had.
+ * in the page cache is copied from there; what is not is read past it, where that can be had.
  */
 #include "hold.h"
 
@@ -20,7 +19,6 @@
 #define WORKERS_MAX 8
 #define DIRECT_MIN ((uint64_t)8 << 20)  /* a call for less leaves all to the page cache */
 #define DIRECT_WORKERS 6                /* what keeps a device busy while others sum */
-#define LENT_MIN ((uint64_t)512 << 10)  /* less is not worth to be asked for in a map */
 #define SAMPLES 16                      /* chunks asked about to choose the number of workers */
 
 typedef struct {
@@ -177,62 +175,32 @@ static int fill_buffer(reader *r, const stretch *s, uint64_t begin, uint64_t end
                       lead);
 }
 
-/* The file's bytes from `begin` on, in memory. */
-typedef struct {
-    const char *data;
-    uint64_t begin;
-    bool own; /* the worker's buffer, which may be written to */
-} image;
-
-/*
- * Bring pieces up to `end` to where they belong; where the image is not to be written to, only to
- * the first strided one. Moves *piece past them, and returns how many bytes they have.
- */
-static uint64_t place(reader *r, const stretch *s, hold_piece *piece, const image *in, uint64_t end)
-{
-    uint64_t moved = 0;
-    while (piece->nbytes && piece->offset < end && (in->own || !piece->segment->layout)) {
-        const hold_segment *to = piece->segment;
-        const char *from = in->data + (piece->offset - in->begin);
-        uint64_t n = end - piece->offset < piece->nbytes ? end - piece->offset : piece->nbytes;
-        if (hold_piece_dense(piece) && r->checksum) {
-            *piece->crc = hold_crc32_copy(*piece->crc, hold_piece_data(piece), from, (size_t)n);
-        } else if (hold_piece_dense(piece)) {
-            memcpy(hold_piece_data(piece), from, (size_t)n);
-        } else {
-            sum(r, piece, from, (size_t)n);
-            if (to->data) /* which may swap bytes where they are */
-                hold_strided_scatter(to->layout, to->data, piece->skipped, piece->skipped + n,
-                                     (char *)(uintptr_t)from);
-        }
-        moved += n;
-        *piece = hold_chunk_next(s->chunk, piece, n);
-    }
-    return moved;
-}
-
 /* Read pieces, and small gaps between them, to the buffer and place them. Moves *piece past. */
 static int get_buffered(reader *r, const stretch *s, hold_piece *piece, size_t room)
 {
     char *from;
-    uint64_t begin = piece->offset;
+    uint64_t begin = piece->offset, moved = 0;
     if (room > s->end - begin)
         room = (size_t)(s->end - begin);
     uint64_t end = buffered_end(s->chunk, *piece, room);
     int rc = fill_buffer(r, s, begin, end, &from);
     if (rc)
         return rc;
-    const image in = {.data = from, .begin = begin, .own = true};
-    uint64_t moved = place(r, s, piece, &in, end);
-    return hold_job_advance(&r->job, s->worker, (size_t)moved);
-}
-
-/* The same out of a map of the file, up to `end`: what hold_origins_lend() has lent. */
-static int get_lent(reader *r, const stretch *s, hold_piece *piece, const char *map, uint64_t end)
-{
-    const image in = {.data = map};
-    uint64_t moved = place(r, s, piece, &in, end);
-    hold_origins_return(&r->origins, s->chunk->file);
+    while (piece->nbytes && piece->offset < end) {
+        const hold_segment *to = piece->segment;
+        char *data = from + (piece->offset - begin);
+        uint64_t n = end - piece->offset < piece->nbytes ? end - piece->offset : piece->nbytes;
+        if (r->checksum && hold_piece_dense(piece))
+            *piece->crc = hold_crc32_copy(*piece->crc, hold_piece_data(piece), data, (size_t)n);
+        else if (hold_piece_dense(piece))
+            memcpy(hold_piece_data(piece), data, (size_t)n);
+        else
+            sum(r, piece, data, (size_t)n);
+        if (to->data && to->layout)
+            hold_strided_scatter(to->layout, to->data, piece->skipped, piece->skipped + n, data);
+        moved += n;
+        *piece = hold_chunk_next(s->chunk, piece, n);
+    }
     return hold_job_advance(&r->job, s->worker, (size_t)moved);
 }
 
@@ -283,19 +251,10 @@ static int get_chunk(void *context, size_t i, hold_worker *worker)
     hold_piece piece = hold_chunk_begin(s.chunk, r->segments);
     int rc = 0;
     while (rc == 0 && piece.nbytes) {
-        const char *map = NULL;
-        uint64_t end;
-        if (piece.offset >= s.end) {
-            bool known;
+        if (piece.offset >= s.end)
             s.direct = hold_origins_ask(&r->origins, s.chunk->file, piece.offset, s.chunk->end,
-                                        &s.end, &known);
-            if (known && s.end - piece.offset >= LENT_MIN && !piece.segment->layout)
-                map = hold_origins_lend(&r->origins, s.chunk->file, piece.offset, s.end, &end);
-        }
-        if (map)
-            rc = get_lent(r, &s, &piece, map, end);
-        else
-            rc = (s.direct ? get_uncached : get_cached)(r, &s, &piece);
+                                        &s.end);
+        rc = (s.direct ? get_uncached : get_cached)(r, &s, &piece);
     }
     return rc;
 }
@@ -313,8 +272,7 @@ static int choose_workers(reader *r)
     for (size_t i = 0; r->origins.files && i < asked; i++) {
         const hold_chunk *chunk = &r->plan.chunks[i * r->plan.n / asked];
         uint64_t end;
-        bool known;
-        if (hold_origins_ask(&r->origins, chunk->file, chunk->begin, chunk->end, &end, &known))
+        if (hold_origins_ask(&r->origins, chunk->file, chunk->begin, chunk->end, &end))
             direct++;
     }
     return n < DIRECT_WORKERS && direct * 4 > asked ? DIRECT_WORKERS : n;

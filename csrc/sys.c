@@ -18,9 +18,6 @@
 #define FICLONE _IOW(0x94, 9, int)
 #endif
 
-/* PAGEMAP_SCAN, of a struct pm_scan_arg that older headers do not have. */
-#define SCAN_PAGEMAP _IOC(_IOC_READ | _IOC_WRITE, 'f', 16, 96)
-
 /* ---- the gate ----------------------------------------------------------------------------- */
 
 enum { PASS = 0, HALF = -1 }; /* verdicts of the gate beside an errno, which is > 0 */
@@ -403,33 +400,4 @@ int hold_sys_madvise(void *data, size_t nbytes, int advice)
 int hold_sys_mincore(void *data, size_t nbytes, unsigned char *out)
 {
     CALL("mincore", int, mincore(data, nbytes, out));
-}
-
-int hold_sys_mapped_huge(int pagemap, const void *data, size_t nbytes, uint64_t *out)
-{
-    enum { PRESENT_AND_HUGE = 1 << 3 | 1 << 6 };
-    uint64_t region[3] = {0}; /* start, end, categories */
-    struct {
-        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-        uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
-    } scan = {
-        .size = sizeof scan,
-        .start = (uintptr_t)data,
-        .end = (uintptr_t)data + nbytes,
-        .vec = (uintptr_t)region,
-        .vec_len = 1,
-        .category_mask = PRESENT_AND_HUGE,
-        .return_mask = PRESENT_AND_HUGE,
-    };
-
-    *out = 0;
-    const int verdict = gate("pagemap");
-    if (verdict > 0)
-        return -verdict;
-    const int found = ioctl(pagemap, SCAN_PAGEMAP, &scan);
-    if (found < 0)
-        return -errno;
-    if (found > 0 && region[0] == scan.start)
-        *out = region[1] - region[0];
-    return 0;
 }

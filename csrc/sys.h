@@ -99,10 +99,5 @@ int hold_sys_mmap(void *hint, size_t nbytes, int prot, int flags, int fd, off_t 
 void hold_sys_munmap(void *data, size_t nbytes);
 int hold_sys_madvise(void *data, size_t nbytes, int advice);
 int hold_sys_mincore(void *data, size_t nbytes, unsigned char *out);
-/*
- * How many bytes from data on, at most nbytes, this process has mapped by entries of 2 MiB and more
- * (ioctl PAGEMAP_SCAN of /proc/self/pagemap, Linux 6.7, -ENOTTY before). Both are page-aligned.
- */
-int hold_sys_mapped_huge(int pagemap, const void *data, size_t nbytes, uint64_t *out);
 
 #endif

@@ -1,4 +1,4 @@
-/* What is in the page cache, and the ways to that and to what is not. */
+/* What is in the page cache, and reading what is not past it. */
 #include "uncached.h"
 
 #include "sys.h"
@@ -11,11 +11,8 @@
 #define ALIGN_UNSAID 4096u /* what any device takes */
 #define MINCORE_PAGES 512  /* asked about at a time */
 
-/*
- * File systems of local disks, by the numbers of statfs(2). They are known to read directly, where
- * kernels do not say what it asks of a file, and no file of theirs is cut but by this kernel.
- */
-static const uint32_t local_kinds[] = {
+/* File systems known to read directly, for kernels that do not say what it asks of a file. */
+static const uint32_t direct_kinds[] = {
     0xEF53,     /* ext4 */
     0x58465342, /* xfs */
     0x9123683E, /* btrfs */
@@ -27,10 +24,8 @@ void hold_origins_begin(hold_origins *self, const int *fds, size_t n)
     if (!self->files)
         return;
     pthread_mutex_init(&self->lock, NULL);
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++)
         self->files[i] = (hold_origin){.fd = fds[i], .direct = -1};
-        hold_lease_begin(&self->files[i].lease);
-    }
 }
 
 void hold_origins_end(hold_origins *self)
@@ -42,7 +37,6 @@ void hold_origins_end(hold_origins *self)
             (void)hold_sys_close(self->files[i].direct);
         if (self->files[i].map)
             hold_sys_munmap(self->files[i].map, self->files[i].map_nbytes);
-        hold_lease_end(&self->files[i].lease);
     }
     pthread_mutex_destroy(&self->lock);
     free(self->files);
@@ -61,8 +55,8 @@ static bool known_kind(int fd)
     uint64_t kind;
     if (hold_filesystem(fd, &kind) != 0)
         return false;
-    for (size_t i = 0; i < sizeof local_kinds / sizeof *local_kinds; i++)
-        if (kind == local_kinds[i])
+    for (size_t i = 0; i < sizeof direct_kinds / sizeof *direct_kinds; i++)
+        if (kind == direct_kinds[i])
             return true;
     return false;
 }
@@ -178,10 +172,9 @@ static uint64_t unit_end(uint64_t begin, uint64_t stop)
 }
 
 const hold_origin *hold_origins_ask(hold_origins *self, uint32_t file, uint64_t begin,
-                                    uint64_t stop, uint64_t *end, bool *known)
+                                    uint64_t stop, uint64_t *end)
 {
     *end = stop;
-    *known = false;
     if (!self->files || atomic_load_explicit(&self->files[file].refused, memory_order_relaxed))
         return NULL;
     hold_origin *o = &self->files[file];
@@ -198,25 +191,7 @@ const hold_origin *hold_origins_ask(hold_origins *self, uint32_t file, uint64_t 
     }
     if (state == -2)
         hold_origins_refuse(self, file);
-    *known = state == 1;
     if (state == 1 || state == -2 || !open_direct(self, o))
         return NULL;
     return o;
-}
-
-const char *hold_origins_lend(hold_origins *self, uint32_t file, uint64_t begin, uint64_t stop,
-                              uint64_t *end)
-{
-    hold_origin *o = &self->files[file];
-    int local = atomic_load_explicit(&o->local, memory_order_relaxed);
-    if (!local) {
-        local = known_kind(o->fd) ? 1 : -1;
-        atomic_store_explicit(&o->local, local, memory_order_relaxed);
-    }
-    return local > 0 ? hold_lease_enter(&o->lease, o->fd, begin, stop, end) : NULL;
-}
-
-void hold_origins_return(hold_origins *self, uint32_t file)
-{
-    hold_lease_leave(&self->files[file].lease);
 }

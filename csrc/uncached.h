@@ -1,5 +1,5 @@
 /*
- * uncached.h - which bytes of a file are in the page cache, and ways to these and to the others.
+ * uncached.h - which bytes of a file are in the page cache, and a way to the others past it.
  *
  * An origin is a file that a call reads from: the caller's descriptor, and, once bytes are met that
  * are not in the page cache, a second one for the same file with O_DIRECT, opened through
@@ -14,7 +14,6 @@
 #include <pthread.h>
 
 #include "hold.h"
-#include "lease.h"
 
 /* Asked about at a time where a range is cached in part; cached and uncached stretches begin at its
  * multiples. */
@@ -32,8 +31,6 @@ typedef struct hold_origin {
     atomic_bool mapped; /* cachestat(2) is missing: mincore(2) of this map, of */
     char *map;          /* [0, map_nbytes) */
     size_t map_nbytes;
-    atomic_int local;   /* 1: on a file system of local disks; -1: not; 0: not yet asked */
-    hold_lease lease;   /* to copy what is cached */
 } hold_origin;
 
 typedef struct hold_origins {
@@ -49,20 +46,10 @@ void hold_origins_end(hold_origins *self);
 
 /*
  * The file, ready for direct reads, if the bytes from `begin` on are to be read so, else NULL.
- * *end, at most `stop`, is where that changes; *known is whether all up to there is known to be in
- * the page cache. Threads: any number at once.
+ * *end, at most `stop`, is where that changes. Threads: any number at once.
  */
 const hold_origin *hold_origins_ask(hold_origins *self, uint32_t file, uint64_t begin,
-                                    uint64_t stop, uint64_t *end, bool *known);
-
-/*
- * The file in memory, from its first byte on, where the bytes from `begin` to *end, at most `stop`,
- * can be copied from there until hold_origins_return(); else NULL. They are known to be in the page
- * cache. Threads: any number at once.
- */
-const char *hold_origins_lend(hold_origins *self, uint32_t file, uint64_t begin, uint64_t stop,
-                              uint64_t *end);
-void hold_origins_return(hold_origins *self, uint32_t file);
+                                    uint64_t stop, uint64_t *end);
 
 /* Read no more of this file directly: it was refused. */
 void hold_origins_refuse(hold_origins *self, uint32_t file);
