@@ -13,7 +13,6 @@
 #define DIRECT_MIN ((uint64_t)4 << 20)   /* less than this is not worth O_DIRECT */
 #define PREALLOCATE_MIN ((uint64_t)1 << 20)
 #define ALIGN_MIN 4096u                  /* of offsets and lengths under O_DIRECT */
-#define BLOCK ((size_t)128 << 10)        /* copied, then summed, while it is in cache */
 #define PIECE ((size_t)1 << 20)          /* written at a time through the page cache */
 #define STRAIGHT_MIN ((size_t)64 << 10)  /* from here on a piece is written where it is */
 #define PROBE ((uint64_t)64 << 20)       /* written at once to learn how fast a way is ... */
@@ -96,12 +95,10 @@ static void gather(const writer *w, const hold_piece *piece, size_t nbytes, char
         sum(w, piece, out, nbytes);
         return;
     }
-    const char *from = hold_piece_data(piece);
-    for (size_t n; nbytes; nbytes -= n, from += n, out += n) {
-        n = nbytes < BLOCK ? nbytes : BLOCK;
-        memcpy(out, from, n);
-        sum(w, piece, out, n);
-    }
+    if (w->checksum)
+        *piece->crc = hold_crc32_copy(*piece->crc, out, hold_piece_data(piece), nbytes);
+    else
+        memcpy(out, hold_piece_data(piece), nbytes);
 }
 
 /* Through the page cache: large pieces from where they are, small ones gathered. */
