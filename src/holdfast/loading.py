@@ -17,6 +17,7 @@ from .destinations import destination, said_of
 from .errors import FormatError
 from .fetch import Destination
 from .folder import FolderSource, Origin, open_origin
+from .formats._garbage import uncollected
 from .layout import FOREIGN, Index
 from .pickled import Trust
 from .progress import ProgressArgument, reporting
@@ -110,7 +111,8 @@ def load_file(f: FileLike, options: LoadOptions) -> Any:
             placed=to is not None and to.whole,
             trust=options.trust,
         )
-        found = made.whole() if chosen is None else made.named(chosen)
+        with uncollected():
+            found = made.whole() if chosen is None else made.named(chosen)
         source.leave(index.end)
         if isinstance(index.metadata, dict):
             return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -19,6 +18,7 @@ from .dtypes import BY_NAME
 from .errors import FormatError, warn
 from .folder import FolderSource
 from .formats import _oneflow_write
+from .formats._garbage import uncollected
 from .formats._oneflow_emit import CONSTANTS, INLINE_CONSTANTS, Emitted, Emitter
 from .formats._oneflow_meta import MOST, parse_all
 from .formats._oneflow_write import DATA, DONE, META, PICKLE
@@ -209,10 +209,7 @@ def _emit(
     def is_tensor(obj: object) -> bool:
         return any(adapter.is_tensor(obj) for adapter in frameworks)
 
-    # Of the thousands of objects that are made for many tensors, none is garbage yet.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         for arrays in (_ARRAYS, frozenset[type]()):
             emitter = Emitter(is_tensor, arrays, constants)
             try:
@@ -221,9 +218,6 @@ def _emit(
             except MixedError:
                 continue
         raise AssertionError("without arrays there is nothing to mix")
-    finally:
-        if collecting:
-            gc.enable()
 
 
 # -- writing -------------------------------------------------------------------------------------

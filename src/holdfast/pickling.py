@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import pickle
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ import numpy as np
 from . import adapters
 from ._tree_json import short
 from .adapters import Storages
+from .formats._garbage import uncollected
 from .formats._pickle_emit import Emitter
 from .formats._pickle_reduce import MixedError
 from .views import VIEW, TensorBatch
@@ -176,15 +176,8 @@ def _emit(
         _guard(first, strangers, last)
     second, _ = _storages("numpy" if numpy else None, legacy)
     emitter = Emitter(first, types, second, _ARRAYS if numpy else frozenset(), legacy)
-    # Of the thousands of objects that are made for many tensors, none is garbage yet: collections
-    # would cost more than all the rest.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         return _joined(_dump(emitter, obj), emitter.source)
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _dump(emitter: Emitter, obj: Any) -> bytes:

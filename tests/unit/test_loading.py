@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,3 +162,28 @@ def test_alone() -> None:
     assert storages.alone(index, np.array([3, 0])).tolist() == [False, True]
     assert storages.used(index, np.array([2, 1])).tolist() == [1]
     assert storages.used(index, np.arange(4)).tolist() == [0, 1, 2]
+
+
+def test_no_garbage_is_looked_for_while_objects_are_made(tmp_path: Path) -> None:
+    holdfast.save({"x": np.zeros(3), "rows": [[i] for i in range(20_000)]}, tmp_path / "x")
+    begun: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            begun.append(info["generation"])
+
+    gc.collect()
+    gc.callbacks.append(note)
+    try:
+        found = holdfast.load(tmp_path / "x")
+    finally:
+        gc.callbacks.remove(note)
+    assert len(found["rows"]) == 20_000
+    assert len(begun) < 10, "there is one for every 700 objects or so"
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        holdfast.load(tmp_path / "x")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

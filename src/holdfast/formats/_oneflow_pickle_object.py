@@ -7,11 +7,8 @@ on all is as with the pickles in files of torch (:mod:`._torch_pickle`).
 
 from __future__ import annotations
 
-import gc
 import re
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +24,7 @@ from ._torch_outline import Outline
 from ._torch_pickle import Pickled, read_object
 from ._window import MOST, Window
 
-__all__ = ["Found", "read_pickle", "uncollected"]
+__all__ = ["Found", "read_pickle"]
 
 #: What says in a single file that OneFlow wrote it, now and in a version between two releases.
 _KEYS = ("__oneflow__", "oneflow")
@@ -59,18 +56,6 @@ class Found:
     tensors: list[Record]
     blocks: np.ndarray
     end: int
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """For a time in which much is made and nothing dropped: nobody looks for garbage."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def read_pickle(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from ..errors import FormatError
 from ..layout import Index
 from . import Read
+from ._garbage import uncollected
 from ._oneflow_pickle_index import What, build
-from ._oneflow_pickle_object import read_pickle, uncollected
+from ._oneflow_pickle_object import read_pickle
 from ._oneflow_pickle_state import folder_of
 
 __all__ = ["NEEDS_SIZE", "index", "sniff"]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from ..errors import FormatError
 from ..layout import Folder, Index
+from ._garbage import uncollected
 from ._oneflow_meta import parse_all, read_all
 from ._oneflow_pickle_index import Member, What, build
-from ._oneflow_pickle_object import Found, read_pickle, uncollected
+from ._oneflow_pickle_object import Found, read_pickle
 from ._oneflow_pickle_state import folder_of
 
 __all__ = ["LINKS", "index_folder", "sniff_folder"]

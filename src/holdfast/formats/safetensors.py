@@ -14,6 +14,7 @@ from ..dtypes import BY_NAME, DTYPES, DType
 from ..errors import ChecksumError, FormatError
 from ..layout import Index, Pieces, Plan, alignment_order, pack
 from ..views import TensorBatch
+from ._garbage import uncollected
 from ._header import Fault, Header, emit, header_crc, scan, stamp
 from ._header_text import read_error, short, write_error
 
@@ -225,7 +226,8 @@ def _read_mark(header: Header, head: _Bytes, name: str) -> dict[str, Any]:
             "this; verify=False reads the tensors anyway"
         )
     try:
-        mark = json.loads(text, parse_constant=_refuse_constant)
+        with uncollected():
+            mark = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{name}: metadata {_KEY!r} is not JSON: {error}") from None
     assert isinstance(mark, dict)  # it begins with a brace
