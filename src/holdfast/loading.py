@@ -17,7 +17,6 @@ from .destinations import destination, said_of
 from .errors import FormatError
 from .fetch import Destination
 from .folder import FolderSource, Origin, open_origin
-from .formats._garbage import uncollected
 from .layout import FOREIGN, Index
 from .pickled import Trust
 from .progress import ProgressArgument, reporting
@@ -86,7 +85,9 @@ def load_file(f: FileLike, options: LoadOptions) -> Any:
             options.gate(index.format)
         if index.program is not None and not options.trust.weights_only:
             return _program(source, index.program, options)
-        options = replace(options, map_location=said_of(index, options.map_location))
+        location = said_of(index, options.map_location)
+        if location is not options.map_location:
+            options = replace(options, map_location=location)
         adapter = adapters.choose(options.framework, index.framework)
         if options.mmap and not source.mappable:
             raise ValueError(f"{source.name}: mmap=True needs the path of a regular file")
@@ -111,8 +112,7 @@ def load_file(f: FileLike, options: LoadOptions) -> Any:
             placed=to is not None and to.whole,
             trust=options.trust,
         )
-        with uncollected():
-            found = made.whole() if chosen is None else made.named(chosen)
+        found = made.whole() if chosen is None else made.named(chosen)
         source.leave(index.end)
         if isinstance(index.metadata, dict):
             return found

@@ -18,6 +18,7 @@ from ._tree_json import short
 from .adapters import Adapter
 from .collect import Collection, opaque, split_kind
 from .errors import FormatError
+from .formats._garbage import uncollected
 from .layout import Index
 from .pickled import PickleAssembler, Trust
 from .views import TensorBatch
@@ -258,9 +259,10 @@ class Assembler:
             def tensors(row: int, kind: str | None) -> Any:
                 return made[row, kind]
 
-        return tree.decode_tree(
-            index.tree, tensors, names, self._codecs(), name=self._name, unblob=_unblob
-        )
+        with uncollected():
+            return tree.decode_tree(
+                index.tree, tensors, names, self._codecs(), name=self._name, unblob=_unblob
+            )
 
     def _codecs(self) -> list[tree.Codec]:
         return adapters.codecs(only=self._adapter.name if self._forced else None)
@@ -273,7 +275,8 @@ class Assembler:
 
     def _wrap(self, adapter: Adapter, batch: TensorBatch, kinds: dict[int, str]) -> list[Any]:
         try:
-            return adapter.wrap(batch, kinds)
+            with uncollected():
+                return adapter.wrap(batch, kinds)
         except ValueError as error:  # a shape, or a kind, that no tensor of the framework has
             raise FormatError(f"{self._name}: {error}") from error
         except TypeError as error:

@@ -38,7 +38,7 @@ class Leaks:
         """A leak of one object a call grows in every round; caches below come to rest."""
         tensors = [*self.layouts().values(), *self.kinds()]
         batch = self.batch([("int32", (3,))] * 64)
-        calls, least = 50, 28  # the smallest object there is, as tracemalloc counts it
+        calls, least = 50, 28  # bytes of an int: of what a call may leave behind, a small one
         grown = []
         tracemalloc.start()
         try:

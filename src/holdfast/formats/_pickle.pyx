@@ -5,7 +5,6 @@
 makes is decided by its subclasses; here nothing is imported and nothing is called.
 """
 
-import gc
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 
 cimport cython
@@ -18,6 +17,7 @@ from libc.string cimport memcpy
 from ._inert cimport Global, Storage, Tensor, brief
 from ._pickle_stack cimport INTEGER, LINE, Stack
 
+from ._garbage import uncollected
 from ._inert import shorten
 from ._pickle_stack import PassedOver, Truncated
 
@@ -40,15 +40,8 @@ cdef class Machine(Stack):
 
     cdef object run(self):
         """The object; `pos` is then where the pickle ends."""
-        # Nothing made here is garbage before the end, and looking for some again and again takes
-        # longer than all the rest.
-        cdef bint collecting = gc.isenabled()
-        gc.disable()
-        try:
+        with uncollected():
             return self.run_all()
-        finally:
-            if collecting:
-                gc.enable()
 
     cdef object run_all(self):
         cdef int op
