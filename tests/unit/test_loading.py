@@ -187,3 +187,15 @@ def test_no_garbage_is_looked_for_while_objects_are_made(tmp_path: Path) -> None
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_the_callers_own_code_runs_with_the_collector_on(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    holdfast.save({"x": torch.ones(3)}, tmp_path / "x")
+    seen: list[bool] = []
+
+    def where(tensor: object, location: str) -> None:
+        seen.append(gc.isenabled())
+
+    holdfast.load(tmp_path / "x", where)
+    assert seen == [True]
