@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,42 @@ def test_no_garbage_is_looked_for_while_objects_are_made(tmp_path: Path) -> None
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+class _Mark:
+    pass
+
+
+def _young() -> int:
+    return len(gc.get_objects(0)) + len(gc.get_objects(1))
+
+
+@pytest.mark.skipif(gc.get_freeze_count() > 0, reason="this Python freezes objects of its own")
+def test_what_a_load_made_is_old_at_once(tmp_path: Path) -> None:
+    holdfast.save({"rows": [[i] for i in range(20_000)]}, tmp_path / "x")
+    gc.collect()
+    found = holdfast.load(tmp_path / "x")
+    assert _young() < 10_000
+    assert gc.get_freeze_count() == 0
+    mark = _Mark()
+    gone = weakref.ref(mark)
+    found["rows"] += [found, mark]  # what becomes garbage is found all the same
+    del found, mark
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_a_program_froze_stays_frozen(tmp_path: Path) -> None:
+    holdfast.save({"rows": [[i] for i in range(20_000)]}, tmp_path / "x")
+    gc.collect()
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        found = holdfast.load(tmp_path / "x")
+        assert len(found["rows"]) == 20_000
+        assert 0 < gc.get_freeze_count() <= frozen
+    finally:
+        gc.unfreeze()
 
 
 def test_the_callers_own_code_runs_with_the_collector_on(tmp_path: Path) -> None:
