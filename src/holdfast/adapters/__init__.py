@@ -133,13 +133,15 @@ def codecs(only: str | None) -> list[Codec]:
     for name, tags in _STAND_INS.items():
         for tag, plain in tags.items():
             if tag not in seen:
-                decode = _late(name, tag) if available(name) and only in (None, name) else plain
+                decode = _late(name, tag, plain) if only in (None, name) else plain
                 found.append(Codec(tag, (), _never, decode))
     return found
 
 
-def _late(name: str, tag: str) -> Callable[[Any], Any]:
+def _late(name: str, tag: str, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def decode(value: Any) -> Any:
+        if not available(name):  # asked here, since to look for a package takes long
+            return plain(value)
         return next(codec for codec in by_name(name).codecs if codec.tag == tag).decode(value)
 
     return decode
