@@ -7,7 +7,7 @@ import re
 import struct
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ._tree_json import FACTORIES, MAPPINGS, MAX_ARRAYS, Node, is_tensor_node, unpack
 from .errors import FormatError
@@ -37,6 +37,13 @@ def _expect(items: list[Any], *kinds: type) -> list[Any]:
         found = ", ".join(type(item).__name__ for item in items[: len(kinds) + 1])
         raise ValueError(f"expected ({expected}), found ({found})")
     return items
+
+
+class _Run(NamedTuple):
+    """All keys, which are names of tensors, and all values of a dict."""
+
+    keys: Sequence[str]
+    values: Sequence[Any]
 
 
 class Decoder:
@@ -149,22 +156,28 @@ class Decoder:
         self._left -= count
         if self._left < 0:
             raise self._bad("runs that are together longer than the list of tensors")
-        keys = self._names[start : start + count]
+        # No copy where they are all there are: to touch each of thousands of objects takes long.
+        keys = self._names if count == len(self._names) else self._names[start : start + count]
         if strip:
             if min(map(len, keys)) < strip:
                 raise self._bad(f"a run that strips {strip} characters off a shorter name")
             keys = [key[strip:] for key in keys]
+        values = self._take(range(start, start + count), kind[0] if kind else None)
+        if len(node) == 2 + MAPPINGS[node[0]]:
+            items.append(_Run(keys, values))
+            return
         base = len(items)
         items.extend(keys)  # makes the room; then keys and values take turns
         items.extend(keys)
         items[base::2] = keys
-        items[base + 1 :: 2] = self._take(range(start, start + count), kind[0] if kind else None)
+        items[base + 1 :: 2] = values
 
     def _take(self, positions: range, kind: str | None) -> Sequence[Any]:
         """The tensors at some positions, each asked for once."""
         ask = self._ask
         if ask is None:
-            return self._tensors[positions.start : positions.stop]
+            every = len(positions) == len(self._tensors)
+            return self._tensors if every else self._tensors[positions.start : positions.stop]
         known = self._known.setdefault(kind, {})
         for position in positions:
             if position not in known:
@@ -212,11 +225,16 @@ class Decoder:
 
 def _build_mapping(tag: str, items: list[Any]) -> Any:
     skip = MAPPINGS[tag]
-    if len(items) < skip or (len(items) - skip) % 2:
+    keys: Sequence[Any]
+    values: Sequence[Any]
+    if items and type(items[-1]) is _Run:
+        keys, values = items[-1]
+    elif len(items) < skip or (len(items) - skip) % 2:
         raise ValueError("a key without a value")
-    keys = items[skip::2]
-    _check_hashes(keys)
-    pairs = zip(keys, items[skip + 1 :: 2], strict=True)
+    else:
+        keys, values = items[skip::2], items[skip + 1 :: 2]
+        _check_hashes(keys)
+    pairs = zip(keys, values, strict=True)
     made: dict[Any, Any]
     if tag == "dict":
         made = dict(pairs)

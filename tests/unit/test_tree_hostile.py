@@ -113,6 +113,18 @@ def test_what_the_environment_lacks_is_no_fault_of_the_file() -> None:
         decode_tree(["lib.late", 1], [], [], [codec], name="f")
 
 
+@pytest.mark.parametrize("tag", ["dict", "OrderedDict", "Counter", "defaultdict", "state_dict"])
+def test_a_run_alone_and_among_others_gives_the_same(tag: str) -> None:
+    first = {"defaultdict": [None], "state_dict": [["dict"]]}.get(tag, [])
+    alone = decode([tag, *first, [0, 2, 2]])
+    assert alone == {"a": b"m.a", "b": b"m.b"}
+    among = decode([tag, *first, [0, 2, 2], "x", 1])
+    assert among == {**alone, "x": 1}
+    assert type(among) is type(alone)
+    with pytest.raises(FormatError, match="two equal keys"):
+        decode([tag, *first, [0, 2, 2]], ["m.a", "n.a"])
+
+
 def test_a_blob_is_read_once() -> None:
     found = decode(["list", ["bytes", [0]], ["bytes", [0]], ["str", [0]], ["bytearray", [0]]])
     assert found == [b"m.a", b"m.a", "m.a", bytearray(b"m.a")]
