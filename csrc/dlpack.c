@@ -12,9 +12,9 @@ typedef struct dl_row {
 } dl_row;
 
 struct hold_dl_block {
-    atomic_size_t shares; /* the maker's and one for each living tensor */
-    size_t used;
-    int64_t *free_dims; /* where the extents and strides of the next tensor go */
+    atomic_size_t shares; /* the maker's, and one for each tensor that lives or has yet to come */
+    size_t room, used;
+    int64_t *free_dims; /* where the extents of the next tensor go */
     dl_row rows[];
 };
 
@@ -42,19 +42,25 @@ hold_dl_block *hold_dl_block_new(size_t tensors, size_t dims)
 {
     /* Callers pass the sizes of arrays that exist, so that neither product can wrap. */
     size_t head = sizeof(hold_dl_block) + tensors * sizeof(dl_row);
-    hold_dl_block *block = malloc(head + 2 * dims * sizeof(int64_t));
+    hold_dl_block *block = malloc(head + dims * sizeof(int64_t));
     if (block == NULL)
         return NULL;
-    atomic_init(&block->shares, 1);
+    atomic_init(&block->shares, tensors + 1);
+    block->room = tensors;
     block->used = 0;
     block->free_dims = (int64_t *)(void *)((char *)block + head);
     return block;
 }
 
+static void drop_shares(hold_dl_block *block, size_t n)
+{
+    if (atomic_fetch_sub_explicit(&block->shares, n, memory_order_acq_rel) == n)
+        free(block);
+}
+
 void hold_dl_block_close(hold_dl_block *block)
 {
-    if (atomic_fetch_sub_explicit(&block->shares, 1, memory_order_acq_rel) == 1)
-        free(block);
+    drop_shares(block, 1 + block->room - block->used);
 }
 
 static void row_delete(hold_dl_managed *managed)
@@ -64,7 +70,7 @@ static void row_delete(hold_dl_managed *managed)
     assert(buffer != NULL);
     row->buffer = NULL;
     hold_buffer_release(buffer);
-    hold_dl_block_close(managed->manager_ctx);
+    drop_shares(managed->manager_ctx, 1);
 }
 
 hold_dl_managed *hold_dl_block_add(hold_dl_block *block, hold_buffer *buffer, void *data,
@@ -73,15 +79,9 @@ hold_dl_managed *hold_dl_block_add(hold_dl_block *block, hold_buffer *buffer, vo
 {
     dl_row *row = &block->rows[block->used++];
     int64_t *dims = block->free_dims;
-    int64_t *strides = dims + ndim;
-    uint64_t count = 1; /* beside an extent of 0 the others may be anything: let it wrap */
-    block->free_dims = strides + ndim;
-    for (int32_t axis = ndim - 1; axis >= 0; axis--) {
+    block->free_dims = dims + ndim;
+    for (int32_t axis = 0; axis < ndim; axis++)
         dims[axis] = shape[axis];
-        strides[axis] = (int64_t)count;
-        /* As frameworks have it: an extent of 0 leaves the strides before it as 1 would. */
-        count *= shape[axis] > 0 ? (uint64_t)shape[axis] : 1;
-    }
     *row = (dl_row){
         .managed = {
             .version = {HOLD_DLPACK_MAJOR, 0},
@@ -93,13 +93,12 @@ hold_dl_managed *hold_dl_block_add(hold_dl_block *block, hold_buffer *buffer, vo
                 .ndim = ndim,
                 .dtype = dtype,
                 .shape = dims,
-                .strides = strides,
+                .strides = NULL, /* dense; to DLPack 1.2 and newer that has to be spelt out */
             },
         },
         .buffer = buffer,
     };
     hold_buffer_retain(buffer);
-    atomic_fetch_add_explicit(&block->shares, 1, memory_order_relaxed);
     return &row->managed;
 }
 

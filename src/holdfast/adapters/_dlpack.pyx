@@ -3,7 +3,8 @@
 
 from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cpython.ref cimport Py_DECREF
+from cpython.list cimport PyList_New, PyList_SET_ITEM
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int16_t, int64_t, uintptr_t
 
 from holdfast._buffer cimport Buffer
@@ -263,7 +264,7 @@ cdef class Exchange:
         """
         cdef Py_ssize_t start, n = rows.shape[0]
         cdef const long long[::1] choice = owner if owner is not None else None
-        cdef list made = [None] * n
+        cdef list made = PyList_New(n)
         # Nothing of what is made here can be garbage yet: collections would only cost.
         cdef int collecting = PyGC_Disable()
         try:
@@ -282,6 +283,8 @@ cdef class Exchange:
         cdef size_t extents = 0
         cdef hold_dl_block *block
         cdef const View *row
+        cdef Buffer buffer = <Buffer?>buffers[0] if choice is None and n else None
+        cdef object tensor
         for i in range(n):
             row = &rows[i]
             if not (0 <= row.ndim <= MAX_NDIM and 0 <= row.dims
@@ -294,8 +297,11 @@ cdef class Exchange:
             raise MemoryError
         try:
             for i in range(n):
-                buffer = buffers[0 if choice is None else choice[i]]
-                made[start + i] = self.wrap_row(block, <Buffer?>buffer, &rows[i], dims)
+                if choice is not None:
+                    buffer = <Buffer?>buffers[choice[i]]
+                tensor = self.wrap_row(block, buffer, &rows[i], dims)
+                Py_INCREF(tensor)  # which the list takes over
+                PyList_SET_ITEM(made, start + i, tensor)
         finally:
             hold_dl_block_close(block)
         return 0
