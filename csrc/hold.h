@@ -90,12 +90,14 @@ int hold_filesystem(int fd, uint64_t *out);
 int hold_prefetch(const void *data, size_t nbytes, int threads);
 
 /*
- * hold_prefetch(), if it seems to be no more than a matter of page tables: if a sample of the pages
- * is in the page cache, and nbytes is at most `most`, for page tables cost memory (8 bytes a page)
- * and time (some 2 ms for a GiB) even where nobody looks at the data. *out is whether it was done;
- * it is not where there is so little that faults are as cheap.
+ * hold_prefetch() of each 16 MiB of which, by a sample, at least 7/8 are in the page cache: where
+ * it is no more than a matter of page tables, and of pages here and there that the kernel took
+ * back, which are read sooner so than by the faults that would ask for them. Nothing where nbytes
+ * is more than `most`, for page tables cost memory (8 bytes a page) and time (some 2 ms for a GiB)
+ * even where nobody looks at the data; nor where there is so little that faults are as cheap.
+ * *out is how many bytes were brought in.
  */
-int hold_populate_cached(const void *data, size_t nbytes, size_t most, int threads, bool *out);
+int hold_populate_cached(const void *data, size_t nbytes, size_t most, int threads, size_t *out);
 
 /*
  * Let go of the pages that [data, data + nbytes) of a mapping touches: what was written to them in

@@ -12,7 +12,8 @@
 #define PREFETCH_STEP ((size_t)16 << 20)
 #define RESIDENT_PAGES 4096 /* asked about at a time */
 #define POPULATE_MIN ((size_t)64 << 20) /* faults on less are cheaper than threads */
-#define POPULATE_SAMPLES 64
+#define POPULATE_SAMPLES 16 /* pages of each PREFETCH_STEP that are asked about */
+#define POPULATE_MISSING 2  /* how many of them may be out of the page cache */
 
 static atomic_size_t live;
 static char nothing; /* where buffers of no bytes point */
@@ -183,16 +184,22 @@ int hold_filesystem(int fd, uint64_t *out)
 typedef struct {
     hold_job job;
     char *begin, *end; /* whole pages */
+    atomic_size_t populated;
 } prefetch;
+
+/* The pages that piece `i` takes up. */
+static size_t prefetch_piece(const prefetch *self, size_t i, char **from)
+{
+    *from = self->begin + i * PREFETCH_STEP;
+    size_t left = (size_t)(self->end - *from);
+    return left < PREFETCH_STEP ? left : PREFETCH_STEP;
+}
 
 static int prefetch_step(void *context, size_t i, hold_worker *worker)
 {
-    prefetch *self = context;
-    char *from = self->begin + i * PREFETCH_STEP;
-    size_t nbytes = (size_t)(self->end - from);
+    char *from;
+    size_t nbytes = prefetch_piece(context, i, &from);
     (void)worker;
-    if (nbytes > PREFETCH_STEP)
-        nbytes = PREFETCH_STEP;
 #ifdef MADV_POPULATE_READ
     int populated = HOLD_RETRY(hold_sys_madvise(from, nbytes, MADV_POPULATE_READ));
     if (populated != -EINVAL) /* which a kernel older than 5.14 says */
@@ -204,41 +211,57 @@ static int prefetch_step(void *context, size_t i, hold_worker *worker)
     return rc;
 }
 
-int hold_prefetch(const void *data, size_t nbytes, int threads)
+static int populate_step(void *context, size_t i, hold_worker *worker)
 {
-    if (nbytes == 0)
-        return 0;
+    prefetch *self = context;
+    char *from;
+    size_t nbytes = prefetch_piece(self, i, &from);
+    size_t pages = nbytes / page_size();
+    for (size_t sample = 0, missing = 0; sample < POPULATE_SAMPLES; sample++) {
+        unsigned char in;
+        /* The first page is among them, and the last. */
+        size_t at = sample * (pages - 1) / (POPULATE_SAMPLES - 1);
+        int rc = HOLD_RETRY(hold_sys_mincore(from + at * page_size(), page_size(), &in));
+        if (rc < 0)
+            return rc;
+        missing += !(in & 1);
+        if (missing > POPULATE_MISSING)
+            return 0;
+    }
+    int rc = prefetch_step(self, i, worker);
+    if (rc >= 0)
+        atomic_fetch_add_explicit(&self->populated, nbytes, memory_order_relaxed);
+    return rc;
+}
+
+static int prefetch_all(prefetch *self, hold_task task, const void *data, size_t nbytes,
+                        int threads)
+{
     static const hold_options quiet = {0};
     uintptr_t page = page_size();
     char *start = (char *)(uintptr_t)data;
-    prefetch self = {
-        .begin = start - (uintptr_t)start % page,
-        .end = start + nbytes,
-    };
-    self.end += (page - (uintptr_t)self.end % page) % page;
-    self.job = (hold_job){.task = prefetch_step, .context = &self, .options = &quiet};
-    size_t steps = ((size_t)(self.end - self.begin) + PREFETCH_STEP - 1) / PREFETCH_STEP;
-    return hold_job_run(&self.job, 0, steps, threads > 0 ? threads : hold_cpu_count() + 2);
+    self->begin = start - (uintptr_t)start % page;
+    self->end = start + nbytes;
+    self->end += (page - (uintptr_t)self->end % page) % page;
+    self->job = (hold_job){.task = task, .context = self, .options = &quiet};
+    size_t steps = ((size_t)(self->end - self->begin) + PREFETCH_STEP - 1) / PREFETCH_STEP;
+    return hold_job_run(&self->job, 0, steps, threads > 0 ? threads : hold_cpu_count() + 2);
 }
 
-int hold_populate_cached(const void *data, size_t nbytes, size_t most, int threads, bool *out)
+int hold_prefetch(const void *data, size_t nbytes, int threads)
 {
-    *out = false;
+    prefetch self = {0};
+    return nbytes == 0 ? 0 : prefetch_all(&self, prefetch_step, data, nbytes, threads);
+}
+
+int hold_populate_cached(const void *data, size_t nbytes, size_t most, int threads, size_t *out)
+{
+    prefetch self = {0};
+    *out = 0;
     if (nbytes < POPULATE_MIN || nbytes > most)
         return 0;
-    size_t page = page_size();
-    char *begin = (char *)(uintptr_t)data - (uintptr_t)data % page;
-    size_t pages = ((size_t)((char *)(uintptr_t)data + nbytes - begin) + page - 1) / page;
-    for (size_t i = 0; i < POPULATE_SAMPLES; i++) {
-        unsigned char in;
-        /* The first page and the last are among them. */
-        size_t at = i < POPULATE_SAMPLES - 1 ? pages / POPULATE_SAMPLES * i : pages - 1;
-        int rc = HOLD_RETRY(hold_sys_mincore(begin + at * page, page, &in));
-        if (rc < 0 || !(in & 1))
-            return rc;
-    }
-    int rc = hold_prefetch(data, nbytes, threads);
-    *out = rc == 0;
+    int rc = prefetch_all(&self, populate_step, data, nbytes, threads);
+    *out = atomic_load(&self.populated);
     return rc;
 }
 

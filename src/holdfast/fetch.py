@@ -46,8 +46,9 @@ __all__ = [
 #: pages serve it; smaller ones share arenas of at most ARENA bytes.
 LARGE = 1 << 20
 ARENA = 4 << 20
-#: A map of what is in the page cache already, and no larger than this, gets its page tables filled
-#: at once by two threads, which takes a quarter less than a fault for every 64 KiB does.
+#: A map no larger than this gets its page tables filled at once by two threads, where it is of what
+#: is in the page cache: that takes a quarter less than a fault for every 64 KiB does, and half
+#: where the kernel took back a few of the pages, since it asks for those sooner.
 POPULATE_MOST = 4 << 30
 #: In memory of our own every tensor starts at a multiple of this, and in that of a device.
 ALIGN = 64
