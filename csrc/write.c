@@ -13,8 +13,7 @@
 #define DIRECT_MIN ((uint64_t)4 << 20)   /* less than this is not worth O_DIRECT */
 #define PREALLOCATE_MIN ((uint64_t)1 << 20)
 #define ALIGN_MIN 4096u                  /* of offsets and lengths under O_DIRECT */
-#define PIECE ((size_t)1 << 20)          /* written at a time through the page cache */
-#define STRAIGHT_MIN ((size_t)64 << 10)  /* from here on a piece is written where it is */
+#define FOLIO ((uint64_t)2 << 20)        /* written at a time through the page cache */
 #define PROBE ((uint64_t)64 << 20)       /* written at once to learn how fast a way is ... */
 #define BATCH ((uint64_t)192 << 20)      /* ... and before it is judged again */
 #define DIRECT_WORKERS 6
@@ -101,39 +100,42 @@ static void gather(const writer *w, const hold_piece *piece, size_t nbytes, char
         memcpy(out, hold_piece_data(piece), nbytes);
 }
 
-/* Through the page cache: large pieces from where they are, small ones gathered. */
+/*
+ * Through the page cache, by windows that end at multiples of FOLIO: so it holds the file in folios
+ * of that size, even where tensors meet. To map those later takes one entry of a page table for
+ * each, where smaller ones take one for every page. What fills a window is written from where it is.
+ */
 static int put_buffered(writer *w, hold_chunk *chunk, hold_worker *worker)
 {
     char *buffer = NULL;
     size_t filled = 0, take;
     hold_piece piece = hold_chunk_begin(chunk, w->segments);
     for (; piece.nbytes; piece = hold_chunk_next(chunk, &piece, take)) {
-        bool straight = hold_piece_dense(&piece) && piece.nbytes >= STRAIGHT_MIN;
-        size_t room = w->job.buffer_nbytes;
-        if (!piece.segment->layout && room > PIECE)
-            room = PIECE;
-        if (filled && (straight || filled >= room)) {
-            int rc = put(w, worker, buffer, filled, piece.offset - filled);
-            if (rc)
-                return rc;
-            filled = 0;
-        }
-        if (straight) {
-            take = piece.nbytes < PIECE ? (size_t)piece.nbytes : PIECE;
+        uint64_t end = (piece.offset / FOLIO + 1) * FOLIO;
+        if (end > chunk->end)
+            end = chunk->end;
+        bool last = piece.nbytes >= end - piece.offset;
+        take = last ? (size_t)(end - piece.offset) : (size_t)piece.nbytes;
+        if (last && !filled && hold_piece_dense(&piece)) {
             sum(w, &piece, hold_piece_data(&piece), take);
             int rc = put(w, worker, hold_piece_data(&piece), take, piece.offset);
             if (rc)
                 return rc;
-        } else {
-            int rc = hold_worker_buffer(&w->job, worker, &buffer);
+            continue;
+        }
+        int rc = hold_worker_buffer(&w->job, worker, &buffer);
+        if (rc)
+            return fail(w, rc, piece.offset);
+        gather(w, &piece, take, buffer + filled);
+        filled += take;
+        if (last) {
+            rc = put(w, worker, buffer, filled, end - filled);
             if (rc)
-                return fail(w, rc, piece.offset);
-            take = room - filled < piece.nbytes ? room - filled : (size_t)piece.nbytes;
-            gather(w, &piece, take, buffer + filled);
-            filled += take;
+                return rc;
+            filled = 0;
         }
     }
-    return filled ? put(w, worker, buffer, filled, chunk->end - filled) : 0;
+    return 0;
 }
 
 /* With O_DIRECT: whole chunks, of which all but the last of the file has an aligned length. */
