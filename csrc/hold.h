@@ -90,7 +90,7 @@ int hold_filesystem(int fd, uint64_t *out);
 int hold_prefetch(const void *data, size_t nbytes, int threads);
 
 /*
- * hold_prefetch() of each 16 MiB of which, by a sample, at least 7/8 are in the page cache: where
+ * hold_prefetch() of each 16 MiB of which, by a sample, nearly all is in the page cache: where
  * it is no more than a matter of page tables, and of pages here and there that the kernel took
  * back, which are read sooner so than by the faults that would ask for them. Nothing where nbytes
  * is more than `most`, for page tables cost memory (8 bytes a page) and time (some 2 ms for a GiB)

@@ -12,8 +12,10 @@
 #define PREFETCH_STEP ((size_t)16 << 20)
 #define RESIDENT_PAGES 4096 /* asked about at a time */
 #define POPULATE_MIN ((size_t)64 << 20) /* faults on less are cheaper than threads */
-#define POPULATE_SAMPLES 16 /* pages of each PREFETCH_STEP that are asked about */
-#define POPULATE_MISSING 2  /* how many of them may be out of the page cache */
+/* Pages of each PREFETCH_STEP that are asked about, and how many may be out of the page cache. To ask
+ * about 16 takes 1.3 ms of the 4.6 for 2 GiB in folios of 2 MiB. */
+#define POPULATE_SAMPLES 5
+#define POPULATE_MISSING 1
 
 static atomic_size_t live;
 static char nothing; /* where buffers of no bytes point */

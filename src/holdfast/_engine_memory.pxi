@@ -103,8 +103,8 @@ def prefetch(Buffer buffer not None, size_t offset, size_t nbytes, int threads=0
 def populate_cached(Buffer buffer not None, size_t most, int threads=0):
     """Fill in the page tables of a mapping of at most `most` bytes, where its file is in memory.
 
-    Returns how many bytes, in whole pages, that was done for: all but pieces of 16 MiB of which
-    more than an eighth is missing; none where there are so few that faults are as cheap.
+    Returns how many bytes, in whole pages, that was done for: all but pieces of 16 MiB of which,
+    by a sample, more than a little is missing; none where there are so few that faults are as cheap.
     """
     cdef size_t done = 0
     cdef int rc
