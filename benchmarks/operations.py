@@ -18,9 +18,10 @@ from .objects import touch
 from .samples import SECONDS, Sample, Skip
 from .workloads import Material, Workload
 
-#: Files of at least this size are in the page cache one at a time: all of them, and what is loaded,
-#: may be more than the memory there is.
-LARGE = 256 << 20
+#: Files of a workload stay in the page cache while they take up no more than this of the memory;
+#: where they would, only the one that is loaded: memory that is free goes back to the host of a
+#: virtual machine, and to get it again can take longer than what is measured.
+KEPT = 0.5
 #: Seconds of quiet after a sync, before a save is timed.
 SETTLE = 0.2
 #: More of a file than this in the page cache and a load is not cold.
@@ -43,6 +44,8 @@ class Operation:
         Whether a byte of every page is read within the time, where the workload agrees.
     one : bool
         Whether it returns one tensor and not all.
+    fills : bool
+        Whether it fills memory: in the process, or in the page cache without an fsync.
     """
 
     name: str
@@ -51,15 +54,18 @@ class Operation:
     state: str
     touched: bool = False
     one: bool = False
+    fills: bool = False
 
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation("save-durable", "save, fsync of file and directory", ("save-durable",), "saved"),
-    Operation("save", "save, no fsync", ("save",), "saved"),
-    Operation("load-eager", "load into memory, warm", ("load", "copy"), "warm", True),
+    Operation("save", "save, no fsync", ("save",), "saved", fills=True),
+    Operation("load-eager", "load into memory, warm", ("load", "copy"), "warm", True, fills=True),
     Operation("load-mapped", "load mapped, warm", ("load-mapped",), "warm", True),
-    Operation("load-cold", "load into memory, cold", ("load", "load-uncached"), "cold", True),
-    Operation("load-cold-mapped", "load mapped, cold", ("load-mapped",), "cold", True),
+    Operation(
+        "load-cold", "load into memory, cold", ("load", "load-uncached"), "cold", True, fills=True
+    ),
+    Operation("load-cold-mapped", "load mapped, cold", ("load-mapped",), "cold", True, fills=True),
     Operation("open-one", "open and read one tensor, warm", ("one",), "warm", one=True),
 )
 NAMES = tuple(operation.name for operation in OPERATIONS)
@@ -173,7 +179,7 @@ def _once(material: Material, operation: Operation, entrant: Entrant, number: in
     touched = operation.touched and material.workload.touched
     details = _prepare(operation, entrant, material)
     gc.collect()
-    if entrant.action != "save-durable" and not operation.one:
+    if operation.fills:
         limits.level(material.nbytes)
     began = time.perf_counter()
     result = act(job)
@@ -214,8 +220,9 @@ def _prepare(operation: Operation, entrant: Entrant, material: Material) -> dict
         author = writer(entrant.contender.file)
         author.actions["save"](Job(material.view(author.framework), path, material.one))
     if operation.state == "warm":
-        for other in path.parent.iterdir():
-            if other != path and material.nbytes >= LARGE:
+        others = [other for other in path.parent.iterdir() if other != path]
+        if pagecache.share_of_memory([path, *others]) > KEPT:
+            for other in others:
                 pagecache.forget(other)
         return {"resident": pagecache.warm(path)}
     if (left := pagecache.drop(path)) > COLD:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,6 +38,12 @@ def files(path: Path) -> list[Path]:
     return [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
 
 
+def share_of_memory(paths: Iterable[Path]) -> float:
+    """How much of the machine's memory some files, and all in some folders, would take up."""
+    memory = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+    return sum(file.stat().st_size for path in paths for file in files(path)) / memory
+
+
 def _mean(path: Path, of: Callable[[Path], float]) -> float:
     """What `of` says of each file of a folder that has content, weighted by their sizes."""
     sizes = {file: file.stat().st_size for file in files(path)}
@@ -46,13 +52,15 @@ def _mean(path: Path, of: Callable[[Path], float]) -> float:
 
 
 def warm(path: Path) -> float:
-    """Read a file, or all of a folder, through the page cache; return what is resident."""
+    """Read a file, or all of a folder, through the page cache; return what is resident.
+
+    All of it, even what is resident already: what was not used for long is the first that a kernel
+    which gives memory back to its host takes away.
+    """
     return _mean(path, _warm)
 
 
 def _warm(path: Path) -> float:
-    if (before := resident(path)) == 1.0:
-        return before
     block = bytearray(1 << 23)
     with path.open("rb", buffering=0) as f:
         while f.readinto(block):
