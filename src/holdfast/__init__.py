@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from .api import convert, load, load_into, open, save, verify
 from .checkpoint import Checkpoint
 from .errors import ChecksumError, FormatError, UnsafeError
-from .fill import IncompatibleKeys
 from .layout import Entry
-from .verification import Report
 
 if TYPE_CHECKING:
+    from .fill import IncompatibleKeys
     from .staging import Staging, release_pinned
+    from .verification import Report
 
 __version__ = "0.1.0"
 
@@ -40,10 +40,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Only programs that have a device need them: imported when they are asked for.
-    if name in ("Staging", "release_pinned"):
-        from . import staging
+#: Names that few programs need, and the modules they are imported from when they are asked for.
+_LATE = {
+    "IncompatibleKeys": "fill",
+    "Report": "verification",
+    "Staging": "staging",
+    "release_pinned": "staging",
+}
 
-        return getattr(staging, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        import importlib
+
+        return getattr(importlib.import_module(f".{_LATE[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,16 +12,15 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .fill import IncompatibleKeys, fill_from
 from .loading import LoadOptions, load_file
 from .pickled import Trust
 from .progress import ProgressArgument
-from .saving import SaveOptions, save_file
 from .source import FileLike
-from .verification import Report, verify_file
 
 if TYPE_CHECKING:
+    from .fill import IncompatibleKeys
     from .staging import Staging
+    from .verification import Report
 
 __all__ = ["convert", "load", "load_into", "open", "save", "verify"]
 
@@ -118,6 +117,8 @@ def save(
     >>> holdfast.load(path)["epoch"]
     3
     """
+    from .saving import SaveOptions, save_file
+
     save_file(
         obj,
         f,
@@ -306,6 +307,7 @@ def convert(
     [[1.0, 0.0], [0.0, 1.0]]
     """
     from .conversion import convert_file
+    from .saving import SaveOptions
 
     convert_file(
         src,
@@ -422,6 +424,8 @@ def load_into(
     ChecksumError
         The bytes are not those that were written; the target has been filled with them.
     """
+    from .fill import fill_from
+
     return fill_from(
         target,
         f,
@@ -453,6 +457,8 @@ def verify(f: FileLike, *, threads: int | None = None) -> Report:
     OSError
         The file cannot be read at all.
     """
+    from .verification import verify_file
+
     return verify_file(f, threads=_threads(threads))
 
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from . import _engine, adapters, fetch, objects
 from .booleans import BOOL, settle
-from .dequantize import dequantize, dequantized
 from .destinations import destination, said_of
 from .fetch import Destination
 from .folder import FolderSource, Origin, open_origin
@@ -85,6 +84,8 @@ class Checkpoint(Mapping[str, Any]):
         self._dequantize = dequantize
         self._staging = staging
         if dequantize:
+            from .dequantize import dequantized
+
             self._reader.described = dequantized(self._reader.index)
         self._threads = threads
         self._maps: Maps | None = None
@@ -278,6 +279,8 @@ class Checkpoint(Mapping[str, Any]):
         self, batch: TensorBatch, rows: np.ndarray, to: Destination | None
     ) -> objects.Maker:
         if self._dequantize:
+            from .dequantize import dequantize
+
             batch = dequantize(self._reader.index, batch, rows, threads=self._threads)
         return objects.assembler(
             self._reader.index,

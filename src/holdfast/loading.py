@@ -12,7 +12,6 @@ from . import adapters, fetch, objects
 from .adapters import Adapter
 from .annotated import annotate
 from .booleans import settle
-from .dequantize import dequantize, dequantized
 from .destinations import destination, said_of
 from .errors import FormatError
 from .fetch import Destination
@@ -116,9 +115,13 @@ def load_file(f: FileLike, options: LoadOptions) -> Any:
         source.leave(index.end)
         if isinstance(index.metadata, dict):
             return found
+        if options.dequantize:
+            from .dequantize import dequantized
+
+            index = dequantized(index)
         return annotate(
             found,
-            dequantized(index) if options.dequantize else index,
+            index,
             (reader.paths() if chosen is None else chosen).items(),
         )
 
@@ -154,6 +157,8 @@ def _bring(
     """The tensors of these entries in memory: mapped, read, or dequantized."""
     if not options.dequantize or not index.encodings:
         return _raw(source, index, rows, adapter, options, to)
+    from .dequantize import dequantize, dequantized
+
     if not options.data or adapter.dataless(options.map_location):
         return fetch.blank_tensors(dequantized(index), rows)
     batch = _raw(source, index, rows, adapter, options, None)

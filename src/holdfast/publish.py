@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
 
 import numpy as np
 
-from . import _engine, _engine_py
+from . import _engine
 from .layout import SEGMENT, Pieces, Plan
 from .pace import Pace
 from .progress import ProgressArgument, reporting
@@ -304,6 +304,8 @@ def _behind(report: Report, done: int) -> Report:
 
 def _write_blank(target: _engine.Publication | BinaryIO, plan: Plan, seal: Sealer) -> None:
     """Write what stands around the tensors, and nothing of them: holes, or zeros to a stream."""
+    from ._engine_py import write_stream
+
     pieces = seal(plan, None, early=plan.early is not None)
     segments = segments_of(pieces)
     done = 0
@@ -318,7 +320,7 @@ def _write_blank(target: _engine.Publication | BinaryIO, plan: Plan, seal: Seale
             zeros = bytes(min(offset - done, 1 << 20))
             target.write(zeros)
             done += len(zeros)
-        _engine_py.write_stream(target, part, checksum=False)
+        write_stream(target, part, checksum=False)
         done = offset + nbytes
 
 
@@ -332,6 +334,8 @@ def _write_stream(
     check: Check,
 ) -> None:
     """Write everything in order to a file object that may not seek."""
+    from ._engine_py import write_stream
+
     if checksum or check is not None:
         work.summed(None, 0, path_text(stream))
     if check is not None:
@@ -351,8 +355,6 @@ def _write_stream(
     whole = _Work(order, both[order], layouts, devices, work.staging)
 
     def write(part: np.ndarray, layouts: Sequence[_engine.Layout], done: int) -> None:
-        _engine_py.write_stream(
-            stream, part, layouts=layouts, checksum=False, progress=_behind(report, done)
-        )
+        write_stream(stream, part, layouts=layouts, checksum=False, progress=_behind(report, done))
 
     whole.each(write)
