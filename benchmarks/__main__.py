@@ -151,7 +151,7 @@ def record(
         empty = Material(workload, None, nbytes, count, "")
         for name in memory.NAMES:
             if name in ops and name in workload.operations:
-                found = memory.measure(empty, name, scale, samples, directory, skipped)
+                found = memory.measure(empty, name, scale, samples, directory, skipped, only)
                 keep(f"{workload.name} {name}", found)
     if programs.NAME in ops:
         keep(programs.NAME, programs.measure(samples, scale, directory, skipped))

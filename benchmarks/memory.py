@@ -23,7 +23,7 @@ from typing import Any
 from .actions import Job
 from .contenders import CONTENDERS, writer
 from .objects import raw_bytes, tensors
-from .operations import unfit
+from .operations import remove, unfit
 from .samples import BYTES, Sample, Skip
 from .workloads import WORKLOADS, Material
 
@@ -43,12 +43,15 @@ def measure(
     samples: int,
     directory: Path,
     skipped: Callable[[Skip], None],
+    only: frozenset[str] = frozenset(),
 ) -> Iterator[Sample]:
-    """Yield `samples` samples of each contender; `operation` is one of `NAMES`."""
+    """Yield `samples` samples of each contender, or `only` of some; `operation` is in `NAMES`."""
     workload = material.workload
     action = operation.removeprefix("memory-")
     for contender in CONTENDERS:
         if action not in contender.actions or contender.role == "limit":
+            continue
+        if only and contender.name not in only:
             continue
         if reason := unfit(workload, contender):
             skipped(Skip(workload.name, operation, contender.name, reason))
@@ -99,7 +102,7 @@ def _run(request: dict[str, Any]) -> list[dict[str, float]]:
     finally:
         stop.set()
         watcher.join()
-        Path(request["path"]).unlink(missing_ok=True)
+        remove(Path(request["path"]))
     if process.returncode:
         last = (err.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"exit status {process.returncode}: {last}")
