@@ -178,7 +178,8 @@ def _raw(
     if not options.data or adapter.dataless(options.map_location):
         return fetch.blank_tensors(index, rows)
     check = fetch.checkable(index) and (not mapped if options.verify is None else options.verify)
-    with reporting(options.progress, fetch.total(index, rows)) as report:
+    total = 0 if options.progress is None else fetch.total(index, rows)
+    with reporting(options.progress, total) as report:
         if not mapped:
             batch = fetch.read_tensors(
                 source,
