@@ -70,6 +70,6 @@ cdef class Exchange:
     cdef int look(self, object tensor, hold_dl_tensor *out, bint anywhere=*) except -2
     cdef int wrap_block(self, View[::1] rows, const long long[::1] dims, list buffers,
                         const long long[::1] choice, list made, Py_ssize_t start) except -1
-    cdef int import_managed(self, hold_dl_managed *managed, void **made) except -1
+    cdef int refused(self) except -1
     cdef object wrap_row(self, hold_dl_block *block, Buffer buffer, const View *row,
                          const long long[::1] dims)

@@ -306,9 +306,8 @@ cdef class Exchange:
             hold_dl_block_close(block)
         return 0
 
-    cdef int import_managed(self, hold_dl_managed *managed, void **made) except -1:
-        if self.api.import_managed(managed, made) == 0:
-            return 0
+    cdef int refused(self) except -1:
+        """Raise what the framework said when it made no tensor."""
         if PyErr_Occurred() is NULL:
             raise BufferError("the framework made no tensor and does not say why")
         return -1
@@ -333,11 +332,9 @@ cdef class Exchange:
             block, buffer.handle, <void *><uintptr_t>row.address if row.nbytes else NULL,
             place_of(buffer), LISTED[row.dtype], row.ndim,
             <const int64_t *>&dims[row.dims] if row.ndim else NULL)
-        try:
-            self.import_managed(managed, &made)
-        except BaseException:
+        if self.api.import_managed(managed, &made) != 0:
             hold_dl_block_undo(block)
-            raise
+            self.refused()
         tensor = <object>made
         Py_DECREF(tensor)  # the variable has a reference of its own
         return tensor
