@@ -14,6 +14,7 @@ import pytest
 import holdfast
 from holdfast import storages
 from holdfast.dtypes import BY_NAME
+from holdfast.formats._garbage import uncollected
 from holdfast.layout import ENTRY, STORAGE, Index
 from holdfast.loading import LoadOptions, load_file
 from torch_archives import archive
@@ -199,18 +200,56 @@ def _young() -> int:
 
 
 @pytest.mark.skipif(gc.get_freeze_count() > 0, reason="this Python freezes objects of its own")
-def test_what_a_load_made_is_old_at_once(tmp_path: Path) -> None:
-    holdfast.save({"rows": [[i] for i in range(20_000)]}, tmp_path / "x")
+def test_what_is_made_at_once_is_old_once_between_full_collections() -> None:
     gc.collect()
-    found = holdfast.load(tmp_path / "x")
+    with uncollected():
+        first = [[i] for i in range(20_000)]
     assert _young() < 10_000
     assert gc.get_freeze_count() == 0
+    with uncollected():
+        second = [[i] for i in range(20_000)]
+    assert _young() >= 20_000
+    gc.collect()
+    with uncollected():
+        third = [[i] for i in range(20_000)]
+    assert _young() < 10_000
     mark = _Mark()
     gone = weakref.ref(mark)
-    found["rows"] += [found, mark]  # what becomes garbage is found all the same
-    del found, mark
+    third += [first, second, third, mark]  # type: ignore[list-item]
+    del first, second, third, mark
     gc.collect()
-    assert gone() is None
+    assert gone() is None, "what becomes garbage is found all the same"
+
+
+def test_garbage_of_a_program_that_loads_again_and_again_is_found(tmp_path: Path) -> None:
+    holdfast.save({"rows": [[i] for i in range(20_000)]}, tmp_path / "x")
+    alive: weakref.WeakSet[_Mark] = weakref.WeakSet()
+    most = 0
+    for _ in range(60):
+        mark = _Mark()
+        vars(mark)["itself"] = mark
+        alive.add(mark)
+        vars(mark)["rows"] = holdfast.load(tmp_path / "x")
+        del mark
+        passing = [[i] for i in range(5_000)]
+        del passing
+        most = max(most, len(alive))
+    assert most < 40
+
+
+def test_a_small_load_promotes_nothing(tmp_path: Path) -> None:
+    holdfast.save({"x": np.zeros(3)}, tmp_path / "x")
+    holdfast.load(tmp_path / "x")
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(100_000, 10, 10)
+    try:
+        own = [[i] for i in range(30_000)]
+        holdfast.load(tmp_path / "x")
+        assert gc.get_count()[0] >= 30_000
+    finally:
+        gc.set_threshold(*thresholds)
+    assert len(own) == 30_000
 
 
 def test_what_a_program_froze_stays_frozen(tmp_path: Path) -> None:
