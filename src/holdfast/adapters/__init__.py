@@ -130,17 +130,20 @@ def codecs(only: str | None) -> list[Codec]:
     """
     found = [codec for adapter in loaded() for codec in adapter.codecs]
     seen = {codec.tag for codec in found}
+    have = cache(available)  # asked when a value is met: to look for a package takes long
     for name, tags in _STAND_INS.items():
         for tag, plain in tags.items():
             if tag not in seen:
-                decode = _late(name, tag, plain) if only in (None, name) else plain
+                decode = _late(have, name, tag, plain) if only in (None, name) else plain
                 found.append(Codec(tag, (), _never, decode))
     return found
 
 
-def _late(name: str, tag: str, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _late(
+    have: Callable[[str], bool], name: str, tag: str, plain: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
     def decode(value: Any) -> Any:
-        if not available(name):  # asked here, since to look for a package takes long
+        if not have(name):
             return plain(value)
         return next(codec for codec in by_name(name).codecs if codec.tag == tag).decode(value)
 
