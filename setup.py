@@ -64,7 +64,6 @@ def extension(
 
 extensions = [
     extension("holdfast._buffer", []),
-    extension("holdfast._mapping", []),
     extension("holdfast._engine", ENGINE),
     extension("holdfast.formats._header", HEADER),
     extension("holdfast.formats._zip", ZIP),

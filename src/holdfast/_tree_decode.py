@@ -9,7 +9,6 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ._mapping import dict_of
 from ._tree_json import FACTORIES, MAPPINGS, MAX_ARRAYS, Node, is_tensor_node, unpack
 from .errors import FormatError
 
@@ -238,7 +237,7 @@ def _build_mapping(tag: str, items: list[Any]) -> Any:
     pairs = zip(keys, values, strict=True)
     made: dict[Any, Any]
     if tag == "dict":
-        made = dict_of(keys, values)
+        made = dict(pairs)
     elif tag in ("OrderedDict", "state_dict"):
         made = OrderedDict(pairs)
         if skip:

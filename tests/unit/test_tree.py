@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from holdfast._mapping import dict_of
 from holdfast.tree import (
     MAX_DEPTH,
     Codec,
@@ -465,15 +464,3 @@ def test_the_examples_of_the_page_run() -> None:
     result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
     assert result.failed == 0
     assert result.attempted > 15
-
-
-def test_dicts_are_made_as_python_makes_them() -> None:
-    for n in (0, 1, 7, 5000):
-        keys, values = [f"k{i}" for i in range(n)], list(range(n))
-        assert list(dict_of(keys, values).items()) == list(zip(keys, values, strict=True))
-        assert dict_of(tuple(keys), range(n)) == dict(zip(keys, values, strict=True))
-    assert dict_of(["a", "a"], [1, 2]) == {"a": 2}
-    with pytest.raises(ValueError, match="2 keys for 1 values"):
-        dict_of(["a", "b"], [1])
-    with pytest.raises(TypeError, match="unhashable"):
-        dict_of([[]], [1])
