@@ -13,8 +13,9 @@
 #define RESIDENT_PAGES 4096 /* asked about at a time */
 #define POPULATE_MIN ((size_t)64 << 20) /* faults on less are cheaper than threads */
 /* Pages of each PREFETCH_STEP that are asked about, and how many may be out of the page cache. To ask
- * about 16 takes 1.3 ms of the 4.6 for 2 GiB in folios of 2 MiB. */
-#define POPULATE_SAMPLES 5
+ * about 16 takes 1.3 ms of the 4.6 for 2 GiB in folios of 2 MiB. Of a piece that is half missing, 8
+ * seem nearly all there in 4 cases of 100. */
+#define POPULATE_SAMPLES 8
 #define POPULATE_MISSING 1
 
 static atomic_size_t live;
@@ -221,8 +222,11 @@ static int populate_step(void *context, size_t i, hold_worker *worker)
     size_t pages = nbytes / page_size();
     for (size_t sample = 0, missing = 0; sample < POPULATE_SAMPLES; sample++) {
         unsigned char in;
-        /* The first page is among them, and the last. */
-        size_t at = sample * (pages - 1) / (POPULATE_SAMPLES - 1);
+        /* One of each eighth, anywhere in it: what is missing may be every second folio. */
+        size_t begin = sample * pages / POPULATE_SAMPLES;
+        size_t room = (sample + 1) * pages / POPULATE_SAMPLES - begin;
+        size_t mixed = (i * POPULATE_SAMPLES + sample + 1) * 2654435761u >> 7;
+        size_t at = begin + (room ? mixed % room : 0);
         int rc = HOLD_RETRY(hold_sys_mincore(from + at * page_size(), page_size(), &in));
         if (rc < 0)
             return rc;

@@ -281,3 +281,8 @@ def test_page_tables_are_filled_in_around_what_the_kernel_took_back(tmp_path: Pa
         assert _engine.populate_cached(buffer, nbytes) == nbytes - piece
         assert _engine.resident(buffer, *hole) == hole[1]
         del buffer
+        for i in range(nbytes // (2 * MIB)):  # every second folio
+            os.posix_fadvise(fd, (2 * i + 1) * 2 * MIB, 2 * MIB, os.POSIX_FADV_DONTNEED)
+        buffer = _engine.map_file(fd, 0, nbytes)
+        assert _engine.populate_cached(buffer, nbytes) <= 2 * piece
+        del buffer
