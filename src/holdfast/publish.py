@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
 
 import numpy as np
 
-from . import _engine
+from . import _engine, _engine_py
 from .layout import SEGMENT, Pieces, Plan
 from .pace import Pace
 from .progress import ProgressArgument, reporting
@@ -304,8 +304,6 @@ def _behind(report: Report, done: int) -> Report:
 
 def _write_blank(target: _engine.Publication | BinaryIO, plan: Plan, seal: Sealer) -> None:
     """Write what stands around the tensors, and nothing of them: holes, or zeros to a stream."""
-    from ._engine_py import write_stream
-
     pieces = seal(plan, None, early=plan.early is not None)
     segments = segments_of(pieces)
     done = 0
@@ -320,7 +318,7 @@ def _write_blank(target: _engine.Publication | BinaryIO, plan: Plan, seal: Seale
             zeros = bytes(min(offset - done, 1 << 20))
             target.write(zeros)
             done += len(zeros)
-        write_stream(target, part, checksum=False)
+        _engine_py.write_stream(target, part, checksum=False)
         done = offset + nbytes
 
 
@@ -334,8 +332,6 @@ def _write_stream(
     check: Check,
 ) -> None:
     """Write everything in order to a file object that may not seek."""
-    from ._engine_py import write_stream
-
     if checksum or check is not None:
         work.summed(None, 0, path_text(stream))
     if check is not None:
@@ -355,6 +351,8 @@ def _write_stream(
     whole = _Work(order, both[order], layouts, devices, work.staging)
 
     def write(part: np.ndarray, layouts: Sequence[_engine.Layout], done: int) -> None:
-        write_stream(stream, part, layouts=layouts, checksum=False, progress=_behind(report, done))
+        _engine_py.write_stream(
+            stream, part, layouts=layouts, checksum=False, progress=_behind(report, done)
+        )
 
     whole.each(write)

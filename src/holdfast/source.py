@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from . import _engine
+from . import _engine, _engine_py
 from ._buffer import Buffer
 from .errors import FormatError
 from .layout import SEGMENT, Index
@@ -201,10 +201,8 @@ class Source:
                 filenames=[self.name],
             )
             return
-        from ._engine_py import read_stream
-
         with self.replay() as stream:
-            read_stream(
+            _engine_py.read_stream(
                 stream,
                 segments,
                 layouts=layouts,
