@@ -177,7 +177,8 @@ def load(
         the file has for it.
     mmap : bool, optional
         True maps the file: tensors are views of it, writable and private to the process, and cost
-        no read until they are touched (those of bool, whose bytes are made 0 or 1, are read). Many
+        no read until they are touched (those of bool, whose bytes are made 0 or 1, are read; so is
+        what little is missing where the page cache has nearly all of 64 MiB or more). Many
         processes that map one file share one copy of it. False reads into memory, with several
         threads. None maps on a local file system, and reads on a network one and from file objects.
     framework : {"numpy", "torch", "oneflow", "jax", "cupy"}, optional
