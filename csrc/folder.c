@@ -13,6 +13,7 @@
 #include "tree.h"
 
 enum { LOCK_TRIES = 2000 }; /* one each ms */
+enum { NAME_TRIES = 100 };
 
 struct hold_folder {
     hold_place place;
@@ -235,7 +236,8 @@ int hold_folder_allow(hold_folder *self, bool replace)
 {
     self->exact = true;
     self->replace = replace;
-    return replace ? 0 : check_empty(self);
+    /* Where there was none, the rename will tell whether one came since: it is to be asked about. */
+    return replace || self->old_fd == -ENOENT ? 0 : check_empty(self);
 }
 
 /* ---- commit ------------------------------------------------------------------------------- */
@@ -372,13 +374,19 @@ static int place_folder(hold_folder *self, bool durable)
 {
     char temp[HOLD_TEMP_SIZE];
     manner how;
+    int rc = -EEXIST;
     memcpy(temp, self->temp, sizeof temp);
-    if (!self->exact)
-        (void)hold_folder_look(self);
-    if (self->old_fd < 0 && self->old_fd != -ENOENT && self->old_fd != -EACCES)
-        return self->old_fd;
-    self->old_locked = self->old_fd >= 0 && hold_lock_own(self->old_fd) == 0;
-    int rc = take_name(self, &how);
+    /* Whatever has the name may be replaced: also what came since it was looked at. */
+    for (int tries = 0; rc == -EEXIST && tries < NAME_TRIES; tries++) {
+        if (!self->exact)
+            (void)hold_folder_look(self);
+        if (self->old_fd < 0 && self->old_fd != -ENOENT && self->old_fd != -EACCES)
+            return self->old_fd;
+        self->old_locked = self->old_fd >= 0 && hold_lock_own(self->old_fd) == 0;
+        rc = take_name(self, &how);
+        if (self->exact || !self->replace)
+            break;
+    }
     if (rc != 0)
         return rc;
     if (self->exact && how != FREE_NAME && !is_surely(&self->place, self->temp, self->old_fd))
