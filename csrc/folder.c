@@ -12,7 +12,8 @@
 #include "sys.h"
 #include "tree.h"
 
-enum { LOCK_TRIES = 2000 }; /* one each ms */
+enum { LOCK_TRIES = 2000 }; /* one each PAUSE, of a ms */
+static const struct timespec PAUSE = {.tv_nsec = 1000000};
 enum { NAME_TRIES = 100 };
 
 struct hold_folder {
@@ -307,17 +308,41 @@ static void make_empty(const hold_folder *self)
 }
 
 /*
+ * Lock the folder that is to be replaced, if that can be had. Of all who ask about it only the one
+ * that has the lock, and then still finds it by its name, goes on: false where another was first.
+ */
+static bool claim_old(hold_folder *self)
+{
+    const hold_place *place = &self->place;
+    if (self->old_fd < 0)
+        return true;
+    if (!self->exact) {
+        self->old_locked = hold_lock_own(self->old_fd) == 0;
+        return true;
+    }
+    for (int tries = 0; tries < LOCK_TRIES; tries++) {
+        const int rc = hold_lock_claim(place, place->name, self->old_fd);
+        self->old_locked = rc == 1;
+        if (rc != 0)
+            return true;
+        if (hold_place_is(place, place->name, self->old_fd) == 0)
+            return false;
+        nanosleep(&PAUSE, NULL);
+    }
+    return true;
+}
+
+/*
  * Whether the folder that had the name, now self->temp, is this process's to remove or to put back.
  * One that was published a moment ago is locked until its publisher has seen to its name; what is
  * locked for longer than that is left to the next sweep.
  */
 static bool own_old(hold_folder *self)
 {
-    const struct timespec pause = {.tv_nsec = 1000000};
     for (int tries = 0; !self->old_locked && tries < LOCK_TRIES && self->old_fd >= 0; tries++) {
         self->old_locked = hold_lock_own(self->old_fd) == 0;
         if (!self->old_locked)
-            nanosleep(&pause, NULL);
+            nanosleep(&PAUSE, NULL);
     }
     return self->old_locked && is_surely(&self->place, self->temp, self->old_fd);
 }
@@ -382,7 +407,8 @@ static int place_folder(hold_folder *self, bool durable)
             (void)hold_folder_look(self);
         if (self->old_fd < 0 && self->old_fd != -ENOENT && self->old_fd != -EACCES)
             return self->old_fd;
-        self->old_locked = self->old_fd >= 0 && hold_lock_own(self->old_fd) == 0;
+        if (!claim_old(self))
+            return 1;
         rc = take_name(self, &how);
         if (self->exact || !self->replace)
             break;
