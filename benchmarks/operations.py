@@ -19,8 +19,8 @@ from .samples import SECONDS, Sample, Skip
 from .workloads import Material, Workload
 
 #: Files of a workload stay in the page cache while they take up no more than this of the memory;
-#: where they would, only the one that is loaded: memory that is free goes back to the host of a
-#: virtual machine, and to get it again can take longer than what is measured.
+#: where they would take more, only the one that is loaded: memory that is free goes back to the
+#: host of a virtual machine, and to get it again can take longer than what is measured.
 KEPT = 0.5
 #: Seconds of quiet after a sync, before a save is timed.
 SETTLE = 0.2
