@@ -168,6 +168,7 @@ typedef struct hold_options {
     int threads;            /* workers; 0: the engine chooses */
     bool checksum;          /* fill in segment.crc */
     int direct;             /* write: HOLD_DIRECT_*; read: ignored, hold_read() sees for itself */
+    uint64_t size;          /* write: of the file once all of it is written; 0: not known */
     hold_progress progress; /* may be NULL */
     void *context;
 } hold_options;
@@ -183,7 +184,7 @@ typedef struct hold_report {
 /*
  * Write segments, sorted by offset, without overlap and without gaps between the first and the
  * last. Bytes of the file outside of them are left alone; a file that was shorter ends where the
- * last segment does.
+ * last segment does, or behind it, with zeros in between, at options->size.
  * fd is open for writing, without O_APPEND. Its O_DIRECT flag is changed and restored.
  */
 int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *options,

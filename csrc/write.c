@@ -206,12 +206,19 @@ static bool ask_direct(writer *w, const hold_options *options)
     return (w->align & (w->align - 1)) == 0 && w->align <= (uint64_t)1 << 20;
 }
 
-/* Room on the device for all of it, if the file system can tell beforehand. */
-static int preallocate(writer *w, uint64_t end)
+/*
+ * Room on the device for all of it, if the file system can tell beforehand: of the whole file, where
+ * its size is known. A block that is left out gets its place when the file takes the name of
+ * another one, and ext4 then starts to write back all the others before the rename returns.
+ */
+static int preallocate(writer *w, uint64_t end, uint64_t size)
 {
+    uint64_t begin = size ? 0 : w->begin;
     if (w->plan.nbytes < PREALLOCATE_MIN)
         return 0;
-    int rc = HOLD_RETRY(hold_sys_fallocate(w->fd, 0, (off_t)w->begin, (off_t)(end - w->begin)));
+    if (end < size)
+        end = size;
+    int rc = HOLD_RETRY(hold_sys_fallocate(w->fd, 0, (off_t)begin, (off_t)(end - begin)));
     if (rc == -EOPNOTSUPP || rc == -ENOTSUP || rc == -EINVAL || rc == -ENOSYS)
         return 0;
     return rc < 0 ? rc : 0;
@@ -326,7 +333,7 @@ static int begin_write(writer *w, const hold_options *options, bool *direct, uin
         else if (w->end & mask)
             cuts[1] = w->end & ~mask;
     }
-    return preallocate(w, end);
+    return preallocate(w, end, options->size);
 }
 
 int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *options,
@@ -362,7 +369,8 @@ int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *opt
                        .buffer_nbytes = (size_t)step};
     rc = put_all(&w, options, direct, cuts);
     if (rc == 0 && w.padded)
-        rc = HOLD_RETRY(hold_sys_ftruncate(fd, (off_t)w.end));
+        rc = HOLD_RETRY(
+            hold_sys_ftruncate(fd, (off_t)(w.end < options->size ? options->size : w.end)));
     if (rc == 0)
         rc = hold_job_finish(&w.job);
     if (rc == 0 && options->checksum)

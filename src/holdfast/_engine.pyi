@@ -42,6 +42,7 @@ def write(
     threads: int = 0,
     checksum: bool = True,
     direct: bool | None = False,
+    size: int = 0,
     progress: Callable[[int], object] | None = None,
     filename: object = None,
 ) -> bool: ...

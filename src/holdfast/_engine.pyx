@@ -58,6 +58,7 @@ cdef extern from "hold.h" nogil:
         int threads
         bint checksum
         int direct
+        uint64_t size
         hold_progress progress
         void *context
 
@@ -265,10 +266,11 @@ def checksum(segments, *, layouts=None, int threads=0, filename=None):
 
 
 def write(int fd, segments, *, layouts=None, int threads=0, bint checksum=True, direct=False,
-          progress=None, filename=None):
+          uint64_t size=0, progress=None, filename=None):
     """Write segments, which lie end to end in the file; whether O_DIRECT was used.
 
     `direct`: True past the page cache, False through it, None in whichever way is faster.
+    `size`: of the file once all of it is written, so that room for it can be taken; 0: not known.
     Segments whose file is 1 are of unchanged mappings, and let go of once written.
     """
     cdef Segments rows = Segments(segments, layouts)
@@ -280,6 +282,7 @@ def write(int fd, segments, *, layouts=None, int threads=0, bint checksum=True, 
     options.threads = threads
     options.checksum = checksum
     options.direct = HOLD_DIRECT_FASTER if direct is None else HOLD_DIRECT_ALWAYS if direct else 0
+    options.size = size
     options.progress = call_back
     options.context = <void *>caller
     with nogil:

@@ -69,7 +69,8 @@ def save(
         a folder of that name is replaced if it holds nothing but such a checkpoint.
     durable : bool
         Whether to return only when the data are on the device (fsync of the file and of its
-        directory). False leaves that to the system; replacing stays atomic.
+        directory). False leaves that to the system: replacing stays atomic for other processes,
+        but a power cut within the next half minute may leave an empty file in place of the old one.
     checksum : bool
         Whether to store a CRC-32 of each tensor (or storage), for ``load`` and ``verify`` to check.
         ``"torch_legacy"`` has no place for them.

@@ -273,6 +273,7 @@ def _write_file(
             checksum=summing or check is not None,
             # What comes in parts is too little at a time for the engine to find out.
             direct=direct if whole.devices is None else pace.direct,
+            size=plan.size,
             progress=_behind(report, done),
             filename=name,
         )

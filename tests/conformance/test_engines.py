@@ -316,6 +316,23 @@ class TestC(EngineSuite):
         assert self.engine.write(fd, rows([9000]), direct=True) is False  # not worth it
         os.close(fd)
 
+    @pytest.mark.parametrize("direct", [False, True, None])
+    def test_room_is_taken_for_the_whole_file(self, tmp_path: Path, direct: bool | None) -> None:
+        # A block without a place makes ext4 write back the others when the file is renamed.
+        path = tmp_path / "file"
+        segments, size = rows([9 * MIB + 100], 4096), 10 * MIB + 10
+        with path.open("wb", buffering=0) as f:
+            self.engine.write(f.fileno(), segments, direct=direct, size=size)
+            if os.fstat(f.fileno()).st_size != size:
+                pytest.skip("this file system takes no room beforehand")
+            assert os.fstat(f.fileno()).st_blocks * 512 >= size
+            os.pwrite(f.fileno(), b"head", 0)
+            self.engine.write(f.fileno(), rows([700], 4096 + 9 * MIB + 100), size=0)
+        found = path.read_bytes()
+        tail = content(rows([700]))
+        assert found[:6] == b"head\0\0"
+        assert found[4096:-1] == content(segments) + tail + bytes(size - 1 - 4096 - 9 * MIB - 800)
+
     def test_errors_name_the_file(self, folder: Path) -> None:
         (folder / "file").write_bytes(b"")
         fd = os.open(folder / "file", os.O_RDONLY)
