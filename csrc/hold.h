@@ -84,6 +84,13 @@ size_t hold_buffer_count(void);
 int hold_filesystem(int fd, uint64_t *out);
 
 /*
+ * Say that all of [data, data + nbytes) of a mapping of a file is going to be used: what of it is not
+ * in the page cache is then read by folios of 2 MiB, and ahead (MADV_HUGEPAGE, as Linux takes it since
+ * 5.18; before, and without huge pages, nothing changes). 0 or -errno.
+ */
+int hold_expect(const void *data, size_t nbytes);
+
+/*
  * Bring the pages of [data, data + nbytes) of a mapping into memory and into the page tables
  * (MADV_POPULATE_READ in `threads` threads; where the kernel lacks it, MADV_WILLNEED and a touch).
  */

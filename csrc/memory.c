@@ -271,15 +271,27 @@ int hold_populate_cached(const void *data, size_t nbytes, size_t most, int threa
     return rc;
 }
 
-int hold_drop(const void *data, size_t nbytes)
+/* Give advice on the pages that [data, data + nbytes) touches. */
+static int advise(const void *data, size_t nbytes, int advice)
 {
     uintptr_t page = page_size();
     uintptr_t from = (uintptr_t)data / page * page;
     uintptr_t end = ((uintptr_t)data + nbytes + page - 1) / page * page;
     if (nbytes == 0)
         return 0;
-    int rc = HOLD_RETRY(hold_sys_madvise((char *)from, end - from, MADV_DONTNEED));
+    int rc = HOLD_RETRY(hold_sys_madvise((char *)from, end - from, advice));
     return rc < 0 ? rc : 0;
+}
+
+int hold_expect(const void *data, size_t nbytes)
+{
+    int rc = advise(data, nbytes, MADV_HUGEPAGE);
+    return rc == -EINVAL ? 0 : rc; /* a kernel without huge pages */
+}
+
+int hold_drop(const void *data, size_t nbytes)
+{
+    return advise(data, nbytes, MADV_DONTNEED);
 }
 
 int hold_resident(const void *data, size_t nbytes, uint64_t *out)

@@ -15,9 +15,9 @@ from .errors import FormatError
 
 __all__ = [
     "FolderPublication", "Publication", "allocate", "crc32", "crc32_combine", "crc32_copies",
-    "crc32_variants", "create_beneath", "fault_arm", "fault_ban", "fault_hit", "filesystem", "lend",
-    "live_buffers", "map_file", "open_beneath", "populate_cached", "prefetch", "read", "read_files",
-    "resident", "write", "write_files",
+    "crc32_variants", "create_beneath", "drop", "expect", "fault_arm", "fault_ban", "fault_hit",
+    "filesystem", "lend", "live_buffers", "map_file", "open_beneath", "populate_cached", "prefetch",
+    "read", "read_files", "resident", "write", "write_files",
 ]
 
 

@@ -11,6 +11,7 @@ cdef extern from "hold.h" nogil:
                          hold_buffer **out)
     size_t hold_buffer_count()
     int hold_filesystem(int fd, uint64_t *out)
+    int hold_expect(const void *data, size_t nbytes)
     int hold_prefetch(const void *data, size_t nbytes, int threads)
     int hold_populate_cached(const void *data, size_t nbytes, size_t most, int threads, size_t *out)
     int hold_drop(const void *data, size_t nbytes)
@@ -89,6 +90,15 @@ cdef char *part(Buffer buffer, size_t offset, size_t nbytes) except? NULL:
             f"bytes [{offset}, {offset + nbytes}) of a buffer of {buffer.handle.nbytes} bytes"
         )
     return <char *>buffer.handle.data + offset
+
+
+def expect(Buffer buffer not None, size_t offset, size_t nbytes):
+    """Have what is missing of a part of a mapping read by 2 MiB, and ahead, once it is touched."""
+    cdef char *data = part(buffer, offset, nbytes)
+    cdef int rc
+    with nogil:
+        rc = hold_expect(data, nbytes)
+    check(rc)
 
 
 def prefetch(Buffer buffer not None, size_t offset, size_t nbytes, int threads=0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _engine, adapters, fetch, objects
+from . import adapters, ahead, fetch, objects
 from .booleans import BOOL, settle
 from .destinations import destination, said_of
 from .fetch import Destination
@@ -153,8 +152,8 @@ class Checkpoint(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return self._tensor(self._reader.find(name))
 
-    def _tensor(self, row: int) -> Any:
-        return self._held[row] if row in self._held else self._wrap(row)
+    def _tensor(self, row: int, whole: bool = True) -> Any:
+        return self._held[row] if row in self._held else self._wrap(row, whole)
 
     def slice(self, name: str) -> TensorSlice:
         """One tensor to take parts of, with no more read than they need."""
@@ -175,11 +174,7 @@ class Checkpoint(Mapping[str, Any]):
         else:
             rows = np.array(sorted(set(self._reader.select(keys).values())), np.int64)
         if self._mapped and self._destination(rows) is None:
-            maps = self._map()
-            stretches = fetch.stretches(index, rows)
-            for number, buffer in maps.each():
-                for start, stop in _runs(stretches[stretches["file"] == number]):
-                    _engine.prefetch(buffer, start, stop - start, self._threads)
+            ahead.bring(self._map(), fetch.stretches(index, rows), self._threads)
         else:
             to = self._destination(rows)
             maker = self._assembler(self._read(rows, to), rows, to)
@@ -260,12 +255,14 @@ class Checkpoint(Mapping[str, Any]):
         )
         return settle(index, batch)
 
-    def _wrap(self, row: int) -> Any:
+    def _wrap(self, row: int, whole: bool = True) -> Any:
         self._check_open()
         index = self._reader.index
         rows = np.array([row], np.int64)
         to = self._destination(rows)
         if self._mapped and to is None:
+            if whole and index.entries["nbytes"][row] >= ahead.EXPECT_LEAST:
+                ahead.expect(self._map(), fetch.stretches(index, rows))
             batch = fetch.map_tensors(self._reader.source, index, rows, self._map())
             if index.entries["dtype"][row] == BOOL and row not in self._settled:
                 settle(index, batch)
@@ -305,7 +302,7 @@ class Checkpoint(Mapping[str, Any]):
             or row in self._held
             or not (plain and fetch.partial(self._reader.index, row))
         ):
-            return self[name][key]
+            return self._tensor(row, whole=False)[key]
         self._check_open()
         rest = key[1:] if isinstance(key, tuple) else ()
         start, stop, local = _span(first, shape[0], name)
@@ -336,17 +333,6 @@ def _span(key: int | slice, extent: int, name: str) -> tuple[int, int, int | sli
     step = rows.step
     local = slice(rows[0] - low, None if step < 0 else high - low + 1, step)
     return low, high + 1, local
-
-
-def _runs(segments: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the file that segments cover, neighbours joined."""
-    order = np.argsort(segments["offset"], kind="stable")
-    starts = segments["offset"][order].astype(np.int64)
-    stops = starts + segments["nbytes"][order].astype(np.int64)
-    gaps = np.flatnonzero(starts[1:] > stops[:-1]) + 1
-    for begin, end in itertools.pairwise([0, *gaps.tolist(), len(starts)]):
-        if end > begin and stops[end - 1] > starts[begin]:
-            yield int(starts[begin]), int(stops[end - 1])
 
 
 def open_checkpoint(

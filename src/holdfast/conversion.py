@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import adapters, fetch, formats, objects, sharding, storages
+from . import adapters, ahead, fetch, formats, objects, sharding, storages
 from .annotated import as_texts
 from .collect import Collection, collect, split_kind
 from .errors import FormatError, UnsafeError, warn
@@ -60,6 +60,7 @@ class _Conversion:
         self.maps: Maps | None = None
         if source.mappable:
             self.maps = source.maps(index)
+            ahead.expect_all(self.maps)
             self.batch = fetch.map_tensors(source, index, rows, self.maps, aligned=False)
         else:
             check = fetch.checkable(index)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import _engine, storages
+from . import _engine, ahead, storages
 from ._buffer import Buffer
 from .booleans import BOOL, settle_bytes
 from .dtypes import DTYPES
@@ -46,10 +46,6 @@ __all__ = [
 #: pages serve it; smaller ones share arenas of at most ARENA bytes.
 LARGE = 1 << 20
 ARENA = 4 << 20
-#: A map no larger than this gets its page tables filled at once by two threads, where it is of what
-#: is in the page cache: that takes a quarter less than a fault for every 64 KiB does, and half
-#: where the kernel took back a few of the pages, since it asks for those sooner.
-POPULATE_MOST = 4 << 30
 #: In memory of our own every tensor starts at a multiple of this, and in that of a device.
 ALIGN = 64
 DEVICE_ALIGN = 256
@@ -132,16 +128,16 @@ def map_tensors(
     rows : ndarray of int64
         Which entries of `index`.
     maps : Maps, optional
-        Where there is one already.
+        Where there is one already, and where all that is mapped is not known to be used.
     aligned : bool
         Whether the tensors are to be used; False where their bytes alone count.
     """
     if maps is None:
         maps = source.maps(index, rows)
         if len(rows) == len(index):
-            with contextlib.suppress(OSError):  # a wish: pages come one by one without it
-                for buffer in maps.buffers:
-                    _engine.populate_cached(buffer, POPULATE_MOST, 2)
+            ahead.expect_all(maps)
+        else:
+            ahead.expect(maps, stretches(index, rows))
     if index.storages is not None:
         which = storages.used(index, rows)
         found = storages.map_storages(source, index, which, maps, _place, move, aligned=aligned)

@@ -90,6 +90,7 @@ def test_map_and_prefetch(path: Path, error: int) -> None:
 
     def look() -> None:
         buffer = _engine.map_file(fd, 100, len(CONTENT) - 100)
+        _engine.expect(buffer, 0, len(buffer))
         _engine.prefetch(buffer, 0, len(buffer), 2)
         assert _engine.resident(buffer, 0, len(buffer)) == len(buffer)
         assert bytes(memoryview(buffer)[:1000]) == CONTENT[100:1100]

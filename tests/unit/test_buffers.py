@@ -86,7 +86,7 @@ def test_prefetch_and_resident(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("offset", "nbytes"), [(0, 11), (11, 0), (5, 6), (2**63, 2**63)])
 def test_parts_lie_within(offset: int, nbytes: int) -> None:
     buffer = _engine.allocate(10)
-    for function in (_engine.prefetch, _engine.resident):
+    for function in (_engine.expect, _engine.prefetch, _engine.resident):
         with pytest.raises(ValueError, match="of a buffer of 10 bytes"):
             function(buffer, offset, nbytes)
 

@@ -1,0 +1,104 @@
+"""What of a map is to be read by 2 MiB at a time, as the kernel has it written down."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import holdfast
+from holdfast import _engine, ahead
+
+MIB = 1 << 20
+LARGE = 9 * MIB
+
+pytestmark = pytest.mark.skipif(
+    not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"),
+    reason="the kernel has no huge pages",
+)
+
+
+def expected(path: Path) -> int:
+    """Bytes of the maps of a file that are to be read by huge pages (``hg`` in smaps)."""
+    found, nbytes = 0, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        fields = line.split()
+        if "-" in fields[0] and not fields[0].endswith(":"):
+            start, stop = (int(address, 16) for address in fields[0].split("-"))
+            nbytes = stop - start if fields[-1] == str(path) else 0
+        elif fields[0] == "VmFlags:" and "hg" in fields[1:]:
+            found += nbytes
+    return found
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "ckpt"
+    tensors: dict[str, Any] = {f"small.{i}": np.full(1000, i, "u1") for i in range(50)}
+    tensors |= {f"large.{i}": np.full(LARGE, i, "u1") for i in range(3)}
+    holdfast.save(tensors, path, durable=False)
+    return path
+
+
+def test_all_of_what_is_loaded(path: Path) -> None:
+    loaded = holdfast.load(path, framework="numpy")
+    assert expected(path) >= os.path.getsize(path)
+    assert loaded["large.2"][LARGE - 1] == 2
+
+
+def test_what_is_loaded_by_its_keys(path: Path) -> None:
+    loaded = holdfast.load(path, framework="numpy", keys="large.1")
+    assert LARGE <= expected(path) < 2 * LARGE
+    few = holdfast.load(path, framework="numpy", keys="small.*")
+    assert LARGE <= expected(path) < 2 * LARGE
+    del loaded
+    assert expected(path) == 0
+    assert few["small.7"][0] == 7
+
+
+def test_opened_whole_tensors_and_not_slices(path: Path) -> None:
+    with holdfast.open(path, framework="numpy") as f:
+        assert f["small.3"][0] == 3
+        assert f.slice("large.0")[5:7].tolist() == [0, 0]
+        assert expected(path) == 0
+        assert f["large.2"][5] == 2
+        assert LARGE <= expected(path) < 2 * LARGE
+        f.prefetch()
+        assert expected(path) >= 3 * LARGE
+
+
+def test_not_of_more_than_memory_holds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "EXPECT_MOST", 2 * LARGE)
+    loaded = holdfast.load(path, framework="numpy")
+    assert expected(path) == 0
+    assert loaded["large.1"][0] == 1
+
+
+def test_neighbours_count_together(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "EXPECT_LEAST", LARGE + 1)
+    one = holdfast.load(path, framework="numpy", keys="large.0")
+    assert expected(path) == 0
+    two = holdfast.load(path, framework="numpy", keys=["large.0", "large.1"])
+    assert expected(path) >= 2 * LARGE
+    assert one["large.0"][0] == two["large.0"][0]
+
+
+def test_files_side_by_side(tmp_path: Path) -> None:
+    tensors = {f"t{i}": np.full(LARGE, i, "u1") for i in range(3)}
+    folder = tmp_path / "folder"
+    holdfast.save(tensors, folder, max_shard_size=LARGE, durable=False)
+    loaded = holdfast.load(folder, framework="numpy", keys=["t0", "t2"])
+    maps = [expected(shard) for shard in sorted(folder.glob("*.safetensors"))]
+    assert [nbytes >= LARGE for nbytes in maps] == [True, False, True]
+    assert loaded["t2"][0] == 2
+
+
+def test_where_the_kernel_has_none(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(12, "no")
+
+    monkeypatch.setattr(_engine, "expect", refuse)
+    assert holdfast.load(path, framework="numpy")["large.1"][3] == 1
