@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import heapq
 import io
 import math
@@ -21,6 +22,7 @@ from .errors import ChecksumError
 from .folder import open_origin
 from .formats._gguf_types import DEQUANTIZED
 from .layout import Index
+from .overlaps import Place, entangled, place_of
 from .reader import Reader
 from .source import FileLike
 from .views import TensorBatch, TensorView
@@ -53,6 +55,14 @@ class _Target:
     row: int = -1  # the entry of the file that fills it
 
 
+class _Way(enum.Enum):
+    """How a tensor is filled: from the file, through memory in parts, or through all of itself."""
+
+    STRAIGHT = 0
+    CONVERTED = 1
+    COPIED = 2
+
+
 def fill_from(
     target: Any,
     f: FileLike,
@@ -75,8 +85,10 @@ def fill_from(
             for name, row in _renamed(reader, rules).items()
             if name.startswith(prefix)
         }
-        matches = _match(named, stored)
-        filled = {(match.view.address, match.view.nbytes) for match in matches}
+        matches = [
+            replace(target, row=stored[name]) for name, target in named.items() if name in stored
+        ]
+        filled = {place_of(match.view) for match in matches}
         keys = IncompatibleKeys(
             [name for name, target in named.items()
              if name not in stored and not _tied(target.view, filled)]
@@ -85,6 +97,7 @@ def fill_from(
         )  # fmt: skip
         wrong = [text for name, text in barred.items() if name in stored]
         _refuse(target, reader, matches, keys if strict else None, wrong)
+        matches = _last(matches)
         if reader.index.guess is not None:
             said = {match.row: (match.view.dtype, match.view.shape) for match in matches}
             reader.index = reader.described = reader.index.guess.told(said)
@@ -128,9 +141,19 @@ def _renamed(reader: Reader, rules: list[tuple[re.Pattern[str], str]]) -> dict[s
     return found
 
 
-def _tied(view: TensorView, filled: set[tuple[int, int]]) -> bool:
+def _tied(view: TensorView, filled: set[Place]) -> bool:
     """Whether the memory of a tensor is filled under another name."""
-    return view.nbytes > 0 and (view.address, view.nbytes) in filled
+    return view.nbytes > 0 and place_of(view) in filled
+
+
+def _last(matches: list[_Target]) -> list[_Target]:
+    """Of several tensors that are one memory the last one, which is the one that counts."""
+    found: dict[object, _Target] = {}
+    for match in matches:
+        place = place_of(match.view) if match.view.nbytes else match.name
+        found.pop(place, None)
+        found[place] = match
+    return list(found.values())
 
 
 def _named_tensors(target: Any) -> tuple[dict[str, _Target], dict[str, str]]:
@@ -181,17 +204,6 @@ def _check_writable(target: _Target) -> None:
             f"target tensor {name!r} is expanded: several of its elements are one place in "
             "memory, so it cannot be filled"
         )
-
-
-def _match(named: dict[str, _Target], stored: dict[str, int]) -> list[_Target]:
-    """Pair tensors and entries by name; of several names for one memory the last one counts."""
-    matches: dict[object, _Target] = {}
-    for name, target in named.items():
-        if name in stored:
-            view = target.view
-            place = (view.address, view.shape) if view.nbytes else name
-            matches[place] = replace(target, row=stored[name])
-    return list(matches.values())
 
 
 def _refuse(
@@ -260,19 +272,15 @@ def _quoted(names: list[str]) -> str:
 def _fill(reader: Reader, matches: list[_Target], threads: int, staging: Staging | None) -> None:
     """Read what needs no conversion straight into place, in one pass; convert the rest."""
     index, source = reader.index, reader.source
-    direct: list[_Target] = []
-    rest: list[_Target] = []
-    apart: list[_Target] = []
-    for match in matches:
-        if not fetch.partial(index, match.row):
-            apart.append(match)
-        elif reader.described.encodings.get(match.row) != index.encodings.get(match.row):
-            rest.append(match)  # blocks, to be dequantized
-        elif _reads_straight(match, index, source.repeatable):
-            direct.append(match)
-        else:
-            rest.append(match)
-    passes = _passes(index, direct)
+    ways = {id(match): _way(match, reader) for match in matches}
+    direct = [match for match in matches if ways[id(match)] is _Way.STRAIGHT]
+    rest = [match for match in matches if ways[id(match)] is _Way.CONVERTED]
+    apart = [match for match in matches if ways[id(match)] is _Way.COPIED]
+    # What passes only once does so in the order of the file, and nothing of it at once.
+    together = entangled([match.view for match in matches]) if source.repeatable else []
+    turns = [matches[i] for i in together]
+    waiting = set(map(id, turns))
+    passes = _passes(index, [match for match in direct if id(match) not in waiting])
     if (rest or apart or len(passes) > 1) and not source.repeatable:
         name = (rest or apart or passes[1])[0].name
         raise io.UnsupportedOperation(
@@ -287,10 +295,25 @@ def _fill(reader: Reader, matches: list[_Target], threads: int, staging: Staging
         fetch.verify_rows(source, index, shared, threads=threads)
     for members in passes:
         _read_into(reader, members, threads, staging)
-    for match in rest:
-        _convert(reader, match, threads)
-    for match in apart:
-        _copy(reader, match)
+    for match in [match for match in (*rest, *apart) if id(match) not in waiting] + turns:
+        way = ways[id(match)]
+        if way is _Way.STRAIGHT:
+            _read_into(reader, [match], threads, staging)
+        elif way is _Way.CONVERTED:
+            _convert(reader, match, threads)
+        else:
+            _copy(reader, match)
+
+
+def _way(match: _Target, reader: Reader) -> _Way:
+    """How one tensor is to be filled."""
+    index = reader.index
+    if not fetch.partial(index, match.row):
+        return _Way.COPIED
+    if reader.described.encodings.get(match.row) != index.encodings.get(match.row):
+        return _Way.CONVERTED  # blocks, to be dequantized
+    straight = _reads_straight(match, index, reader.source.repeatable)
+    return _Way.STRAIGHT if straight else _Way.CONVERTED
 
 
 def _reads_straight(match: _Target, index: Index, repeatable: bool) -> bool:

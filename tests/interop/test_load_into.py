@@ -56,6 +56,48 @@ def test_targets_that_cannot_be_filled(tmp_path: Path) -> None:
         holdfast.load_into(7, tmp_path / "x")
 
 
+def test_views_of_one_memory_that_begin_at_one_place(tmp_path: Path) -> None:
+    """They were taken for one tensor, of which only the last name was filled."""
+    holdfast.save({"a": np.arange(4.0), "b": np.arange(10.0, 14.0)}, tmp_path / "x")
+    memory = np.full(8, -1.0)
+    holdfast.load_into({"a": memory[:4], "b": memory[::2]}, tmp_path / "x")
+    assert memory.tolist() == [10, 1, 11, 3, 12, -1, 13, -1]
+    holdfast.save({"a": np.arange(4.0)}, tmp_path / "x")
+    with pytest.raises(RuntimeError, match='Missing key.*"b"'):
+        holdfast.load_into({"a": memory[:4], "b": memory[::2]}, tmp_path / "x")
+    square = np.zeros((2, 2))  # but these are one, whatever way round they are looked at
+    holdfast.save({"a": np.arange(4.0).reshape(2, 2)}, tmp_path / "x")
+    target = {"a": square, "turned": square.T, "flat": square.reshape(4), "back": square[::-1]}
+    assert holdfast.load_into(target, tmp_path / "x") == ([], [])
+    assert square.tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("names", [("whole", "part"), ("part", "whole")])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_targets_that_overlap_are_filled_in_their_order(
+    tmp_path: Path, names: tuple[str, str], dtype: str
+) -> None:
+    """As torch does. Filled at once, elements were now of the one and now of the other, and the
+    checksum of an undamaged tensor was found to be wrong."""
+    n = 1 << 19
+    obj = {"whole": np.full(n, 1, "f4"), "part": np.full(n - 1, 2, "f4")}
+    holdfast.save(obj, tmp_path / "x")
+    memory = np.zeros(n, dtype)
+    views = {"whole": memory, "part": memory[1:]}
+    for _ in range(10):
+        memory[:] = 0
+        holdfast.load_into({name: views[name] for name in names}, tmp_path / "x", threads=2)
+        assert memory[0] == 1 and (memory[1:] == (2 if names[1] == "part" else 1)).all()
+
+
+def test_shapes_of_all_names_of_one_memory_are_looked_at(tmp_path: Path) -> None:
+    holdfast.save({"a": np.ones(5), "b": np.ones(4)}, tmp_path / "x")
+    memory = np.zeros(4)
+    with pytest.raises(RuntimeError, match="size mismatch for a"):
+        holdfast.load_into({"a": memory, "b": memory}, tmp_path / "x")
+    assert not memory.any()
+
+
 def test_damage_is_seen(tmp_path: Path) -> None:
     holdfast.save({"a": np.ones(2000), "b": np.ones(2000)}, tmp_path / "x")
     whole = bytearray((tmp_path / "x").read_bytes())
