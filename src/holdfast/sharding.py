@@ -2,7 +2,8 @@
 
 Every file but the index is written under a name that the checkpoint in the folder does not use, so
 that the moment at which the index is replaced is the one at which the new checkpoint is there. What
-only the old one used is removed after it.
+only the old one used is removed after it. A journal says both before; a save that is stopped, or
+the next one after it was killed, removes of what is in it all that no index names.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from . import formats, objects
 from .collect import Collection, collect
+from .errors import FormatError
 from .folder import FolderSource
 from .formats import shards
 from .layout import Pieces, Plan
@@ -35,7 +37,7 @@ __all__ = ["Content", "save_shards", "size_of", "target", "write_shards"]
 _INDEX, _SINGLE = shards.INDEX, shards.SINGLE
 #: What shards are called that were written here, or by Hugging Face's tools.
 _OURS = re.compile(r"model(\.next\d*)?(-\d{5}-of-\d{5})?\.safetensors")
-#: Which shards a save is about to write, for the one after it if it is killed.
+#: Which files a save is about to write and to remove, for the one after it if it is killed.
 _JOURNAL = ".holdfast-shards"
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -136,21 +138,31 @@ def write_shards(content: Content, folder: str, options: SaveOptions, most: int)
 
 def _replace(folder: str, groups: list[range], content: Content, options: SaveOptions) -> None:
     """Write the files of a checkpoint, and remove those that only the one before it used."""
-    with contextlib.closing(FolderSource(folder)) as source:
-        source.links = True
-        old, others = _used(source)
-        _clear(source, folder, old | others)
-    if len(groups) == 1:
-        names = [_SINGLE]
-        _write(folder, _SINGLE, content, groups[0], options, None)
-        _remove(folder, [_INDEX])
-    else:
+    old, others = _settle(folder)
+    names = [_SINGLE]
+    if len(groups) > 1:
         names = shards.shard_names(len(groups), os.listdir(folder))
-        _write_all(folder, names, groups, content, options)
-    if options.durable:
-        _flush(folder)  # before files go that the old index needs
     own = {name for name in {_SINGLE, *old} - others if _OURS.fullmatch(name)}
-    _remove(folder, sorted(own.difference(names)))
+    stale = sorted(own.difference(names))
+    try:
+        # The one file that needs no index is the checkpoint as soon as it has its name.
+        passing = stale if len(groups) == 1 else [*names, *stale]
+        if passing:
+            text = "\n".join(passing).encode("utf-8", "surrogateescape")
+            _write_text(os.path.join(folder, _JOURNAL), text, options.durable)
+        if len(groups) == 1:
+            _write(folder, _SINGLE, content, groups[0], options, None)
+            _remove(folder, [_INDEX])
+        else:
+            _write_all(folder, names, groups, content, options)
+        if options.durable:
+            _flush(folder)  # before files go that the old index needs
+        _remove(folder, stale)
+        _remove(folder, [_JOURNAL])
+    except BaseException:
+        with contextlib.suppress(OSError, FormatError):  # else the next save does it
+            _settle(folder)
+        raise
 
 
 @contextlib.contextmanager
@@ -198,14 +210,27 @@ def _used(source: FolderSource) -> tuple[set[str], set[str]]:
     return old, set().union(*files.values())
 
 
-def _clear(source: FolderSource, folder: str, used: set[str]) -> None:
-    """Remove what a save left that was killed: it had said which files it would write."""
-    said = source.read([_JOURNAL], most=shards.MOST)[0]
+def _settle(folder: str) -> tuple[set[str], set[str]]:
+    """Bring a save to its end that has not come to it; what :func:`_used` returns.
+
+    What it had said it would write is removed where its index is not there, and else what it had
+    said it would remove.
+    """
+    with contextlib.closing(FolderSource(folder)) as source:
+        source.links = True
+        old, others = _used(source)
+        said = source.read([_JOURNAL], most=shards.MOST)[0]
+        there = source.entries()
     if said is None:
-        return
-    names = set(said.decode("utf-8", "replace").split("\n"))
-    _remove(folder, sorted(name for name in names - used if _OURS.fullmatch(name)))
+        return old, others
+    names = set(said.decode("utf-8", "surrogateescape").split("\n")) - old - others
+    if _INDEX not in there:
+        names.discard(_SINGLE)  # which is then the checkpoint
+    elif not old:
+        names = set()  # a damaged index says nothing of what it needs
+    _remove(folder, sorted(name for name in names if _OURS.fullmatch(name)))
     _remove(folder, [_JOURNAL])
+    return old, others
 
 
 def _write_all(
@@ -224,22 +249,13 @@ def _write_all(
     text = shards.index_text(
         weight_map, total, framework=found.framework, metadata=options.metadata, tree=content.tree
     )
-    _write_text(os.path.join(folder, _JOURNAL), "\n".join(names).encode(), options.durable)
-    written: list[str] = []
-    try:
-        with reporting(options.progress, total) as report:
-            done = 0
-            for name, rows in zip(names, groups, strict=True):
-                own = int(found.batch.views["nbytes"][rows.start : rows.stop].sum())
-                _write(folder, name, content, rows, options, _behind(report, done, own))
-                written.append(name)
-                done += own
-            _write_text(os.path.join(folder, _INDEX), text, options.durable)
-    except BaseException:
-        _remove(folder, written)
-        raise
-    finally:
-        _remove(folder, [_JOURNAL])
+    with reporting(options.progress, total) as report:
+        done = 0
+        for name, rows in zip(names, groups, strict=True):
+            own = int(found.batch.views["nbytes"][rows.start : rows.stop].sum())
+            _write(folder, name, content, rows, options, _behind(report, done, own))
+            done += own
+        _write_text(os.path.join(folder, _INDEX), text, options.durable)
 
 
 def _write(
