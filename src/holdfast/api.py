@@ -9,18 +9,15 @@ There is no branch here on a framework or on a format; each step asks one of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import holdfast  # what annotations name is looked up in it, when somebody wants to know
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .loading import LoadOptions, load_file
 from .pickled import Trust
 from .progress import ProgressArgument
 from .source import FileLike
-
-if TYPE_CHECKING:
-    from .fill import IncompatibleKeys
-    from .staging import Staging
-    from .verification import Report
 
 __all__ = ["convert", "load", "load_into", "open", "save", "verify"]
 
@@ -39,7 +36,7 @@ def save(
     max_shard_size: int | str | None = None,
     threads: int | None = None,
     progress: ProgressArgument = None,
-    staging: Staging | None = None,
+    staging: holdfast.Staging | None = None,
 ) -> None:
     """Save an object with tensors in it.
 
@@ -150,7 +147,7 @@ def load(
     dequantize: bool = False,
     threads: int | None = None,
     progress: ProgressArgument = None,
-    staging: Staging | None = None,
+    staging: holdfast.Staging | None = None,
 ) -> Any:
     """Load what :func:`save` saved, or others did: see the formats below.
 
@@ -334,7 +331,7 @@ def open(
     dequantize: bool = False,
     threads: int | None = None,
     map_location: Any = None,
-    staging: Staging | None = None,
+    staging: holdfast.Staging | None = None,
 ) -> Checkpoint:
     """Open a file without reading more than its header, or of torch's files the pickle.
 
@@ -378,8 +375,8 @@ def load_into(
     rename: Mapping[str, str] | None = None,
     dequantize: bool = False,
     threads: int | None = None,
-    staging: Staging | None = None,
-) -> IncompatibleKeys:
+    staging: holdfast.Staging | None = None,
+) -> holdfast.IncompatibleKeys:
     r"""Fill the tensors of a model, or of a dict, from a file, in place.
 
     The bytes are read into the memory that the tensors have, strided or not, so that the model is
@@ -440,7 +437,7 @@ def load_into(
     )
 
 
-def verify(f: FileLike, *, threads: int | None = None) -> Report:
+def verify(f: FileLike, *, threads: int | None = None) -> holdfast.Report:
     """Check every byte of a file against the checksums in it.
 
     Parameters

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+
+import holdfast
 
 from . import adapters, ahead, fetch, objects
 from .booleans import BOOL, settle
@@ -19,9 +21,6 @@ from .maps import Maps
 from .reader import Reader
 from .source import FileLike
 from .views import TensorBatch
-
-if TYPE_CHECKING:
-    from .staging import Staging
 
 __all__ = ["Checkpoint", "TensorSlice", "open_checkpoint"]
 
@@ -77,7 +76,7 @@ class Checkpoint(Mapping[str, Any]):
         strict: bool = False,
         dequantize: bool = False,
         location: Any = None,
-        staging: Staging | None = None,
+        staging: holdfast.Staging | None = None,
     ) -> None:
         self._reader = Reader(source, strict=strict)
         self._dequantize = dequantize
@@ -342,7 +341,7 @@ def open_checkpoint(
     strict: bool = False,
     dequantize: bool = False,
     location: Any = None,
-    staging: Staging | None = None,
+    staging: holdfast.Staging | None = None,
 ) -> Checkpoint:
     """What :func:`holdfast.open` does."""
     return Checkpoint(open_origin(f), framework, threads, strict, dequantize, location, staging)
