@@ -406,13 +406,28 @@ def _plan_arrays(work: _Conversion, form: Writing, checksum: bool, stem: str) ->
 def _plan_pickle(work: _Conversion, form: Writing, checksum: bool, stem: str) -> _Planned:
     """Plan a file in which the object is a pickle around its tensors' storages."""
     obj = work.object()
-    storage = RefStorages(work.index, work.batch)
-    types = frozenset(adapter.ref for adapter in work.adapters)
-    found = pickle_around(obj, storage, types, legacy=form.STRUCTURE == "legacy pickle")
+    refs: dict[bool, set[type]] = {False: set(), True: set()}  # arrays of NumPy's, or not
+    framework = work.index.framework
+    for adapter in work.adapters:
+        refs[adapter.name == "numpy"].add(adapter.ref)
+        if framework == "numpy":  # which is that of most; beside others arrays stay arrays
+            framework = adapter.name
+    found, storage = pickle_around(
+        obj,
+        lambda numpy: RefStorages(work.index, work.batch, arrays=numpy),
+        frozenset(refs[False]),
+        frozenset(refs[True]),
+        legacy=form.STRUCTURE == "legacy pickle",
+    )
+    assert isinstance(storage, RefStorages)
+    copied = np.array([row for adapter in work.adapters for row in adapter.copied], np.int64)
+    if len(copied) and fetch.checkable(work.index):  # they have no storage that is checked later
+        rows = np.unique(copied)
+        fetch.verify_rows(work.reader.source, work.index, rows, threads=work.threads)
     plan = form.plan(
         found.keys,
         found.batch,
-        framework=work.index.framework,
+        framework=framework,
         metadata=_metadata(work, form),
         structure=found.data,
         checksum=checksum,

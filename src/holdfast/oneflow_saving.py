@@ -205,12 +205,13 @@ def _emit(
 ) -> Emitted:
     """The pickle; arrays are tensors unless there are others."""
     frameworks = [adapter for adapter in known if adapter.name != "numpy"]
+    own = _ARRAYS.union(*(adapter.plain_types for adapter in known if adapter.name == "numpy"))
 
     def is_tensor(obj: object) -> bool:
         return any(adapter.is_tensor(obj) for adapter in frameworks)
 
     with uncollected():
-        for arrays in (_ARRAYS, frozenset[type]()):
+        for arrays in (own, frozenset[type]()):
             emitter = Emitter(is_tensor, arrays, constants)
             try:
                 with telling(emitter.steps, 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -130,17 +130,43 @@ def pickle_object(
 
 
 def pickle_around(
-    obj: Any, storages: Storages, types: frozenset[type], *, legacy: bool = False
-) -> Pickle:
-    """Pickle an object whose tensors are of `types`, as `storages` describes them.
+    obj: Any,
+    make: Callable[[bool], Storages],
+    types: frozenset[type],
+    arrays: frozenset[type],
+    *,
+    legacy: bool = False,
+) -> tuple[Pickle, Storages]:
+    """Pickle an object whose tensors stand-ins are for.
+
+    Parameters
+    ----------
+    make : callable
+        Makes new storages: of tensors, or given True of arrays.
+    types, arrays : frozenset of type
+        Of stand-ins for tensors, and for NumPy's arrays; those are pickled as arrays where there
+        are others.
+
+    Returns
+    -------
+    Pickle, Storages
+        And what has put the storages in their order.
 
     Raises
     ------
     TypeError, AttributeError, pickle.PicklingError, RuntimeError
         As :func:`pickle_object` does.
     """
-    emitter = Emitter(storages, types, None, frozenset(), legacy)
-    return _joined(_dump(emitter, obj), storages)
+    first, second = make(False), make(True)
+    emitter = Emitter(first, types, second, arrays, legacy)
+    try:
+        data = _dump(emitter, obj)
+    except MixedError:
+        first = make(False)
+        emitter = Emitter(first, types, None, frozenset(), legacy)
+        data = _dump(emitter, obj)
+    used = second if emitter.source is second else first
+    return _joined(data, used), used
 
 
 def _emit_mixed(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from . import adapters
 from .adapters.base import PARAMETER, REQUIRES_GRAD, Placed, refusal
 from .dtypes import DTYPES
 from .layout import Index
@@ -37,20 +38,37 @@ class RefAdapter:
     """The entries of a file as tensors of the framework that saved them.
 
     Of :class:`holdfast.adapters.base.Adapter` it has what saving asks for.
+
+    Attributes
+    ----------
+    ref : type
+        Of the stand-ins.
+    copied : list of int
+        The entries of which a pickle has a copy.
     """
 
     codecs: tuple[Any, ...] = ()
 
     def __init__(self, name: str | None, index: Index, batch: TensorBatch) -> None:
         self.name = name
-        self.ref = type("Ref", (Ref,), {"__slots__": ()})
+        members: dict[str, Any] = {"__slots__": ()}
+        if name == "numpy":  # where arrays are no tensors, they are pickled as the arrays they are
+            members["__reduce_ex__"] = lambda ref, way: self._array(ref).__reduce_ex__(way)
+        self.ref = type("Ref", (Ref,), members)
         self.plain_types: frozenset[type] = frozenset({self.ref})
+        self.copied: list[int] = []
         self._index = index
         self._batch = batch
 
     def is_tensor(self, obj: object) -> bool:
         """Whether `obj` stands for an entry of this file."""
         return type(obj) is self.ref
+
+    def _array(self, ref: Ref) -> Any:
+        """The array that an entry of NumPy's stands for."""
+        self.copied.append(ref.row)
+        kinds = {0: ref.kind} if ref.kind else {}
+        return adapters.by_name("numpy").wrap(self._batch.take([ref.row]), kinds)[0]
 
     def describe(
         self, tensors: Sequence[Ref], names: Sequence[str]
@@ -67,9 +85,16 @@ class RefAdapter:
 
 
 class RefStorages:
-    """Storages of the file that is converted, as they stand in it."""
+    """Storages of the file that is converted, as they stand in it.
 
-    def __init__(self, index: Index, batch: TensorBatch) -> None:
+    Parameters
+    ----------
+    arrays : bool
+        Whether its entries are arrays of NumPy's, which can be pickled by themselves.
+    """
+
+    def __init__(self, index: Index, batch: TensorBatch, *, arrays: bool = False) -> None:
+        self._as_arrays = arrays
         self.name = index.framework or "torch"
         self._index = index
         self._batch = batch
@@ -90,12 +115,17 @@ class RefStorages:
         """None: an entry is a tensor, never a storage by itself."""
         return None
 
-    def add(self, tensor: Ref) -> Placed:
-        """Where an entry lies in its storage; an entry without one is a storage of its own."""
+    def add(self, tensor: Ref) -> Placed | None:
+        """Where an entry lies in its storage; an entry without one is a storage of its own.
+
+        None for an array whose dtype torch lacks.
+        """
         index, row = self._index, tensor.row
         entry = index.entries[row]
         dtype = DTYPES[int(entry["dtype"])]
         if dtype.torch is None or tensor.kind not in _FLAGS:
+            if self._as_arrays:
+                return None
             raise TypeError(f"{dtype.name} {tensor.kind}".strip() + ": PyTorch has no such type")
         if index.flags is not None and index.flags[row]:
             raise TypeError("a tensor that is conjugated or negated lazily")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -186,12 +187,59 @@ with holdfast.open(src, framework="numpy") as a, holdfast.open(dst, framework="n
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
-    src = tmp_path / "dates"
-    holdfast.save({"when": np.array(["2020-01-01"], "M8[D]"), "x": np.ones(3)}, src)
-    with pytest.raises(TypeError, match=r"\$\['when'\].*no such type"):
-        holdfast.convert(src, tmp_path / "dates.pt")
-    assert [path.name for path in tmp_path.iterdir()] == ["dates"]
+    src = tmp_path / "sixths"
+    head = json.dumps({"w": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    src.write_bytes(len(head).to_bytes(8, "little") + head + b"\x01\x02\x03")
+    with pytest.raises(TypeError, match=r"\$\['w'\].*no such type"):
+        holdfast.convert(src, tmp_path / "sixths.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["sixths"]
     with pytest.raises(FileNotFoundError):
         holdfast.convert(tmp_path / "nothing", tmp_path / "x.pt")
     with pytest.raises(ValueError, match="read and not written"):
         holdfast.convert(src, tmp_path / "x.gguf")
+
+
+def mixed() -> dict[str, Any]:
+    """Tensors beside arrays, of which one is of a dtype that torch lacks."""
+    torch = pytest.importorskip("torch")
+    return {
+        "model": {"w": torch.arange(6.0).reshape(2, 3)},
+        "rng": np.random.RandomState(3).get_state(),
+        "dates": np.array(["2020-01-01", "2021-02-03"], "M8[D]"),
+        "more": [np.arange(5)[::-2], np.zeros((0, 2))],
+    }
+
+
+@pytest.mark.parametrize("after", ["torch", "torch_legacy", "oneflow", "safetensors"])
+def test_arrays_beside_tensors_stay_arrays(tmp_path: Path, after: str) -> None:
+    """They became tensors, in files of torch, or could not be written."""
+    obj = mixed()
+    holdfast.save(obj, tmp_path / "src")
+    holdfast.convert(tmp_path / "src", tmp_path / "dst", format=after)
+    found = holdfast.load(tmp_path / "dst")
+    weights = obj["model"].pop("w"), found["model"].pop("w")
+    assert type(weights[0]) is type(weights[1]) and bool((weights[0] == weights[1]).all())
+    assert same(found, obj)
+    np.random.RandomState().set_state(found["rng"])
+
+
+def test_damage_of_an_array_that_is_pickled_is_not_passed_on(tmp_path: Path) -> None:
+    holdfast.save(mixed(), tmp_path / "src")
+    with holdfast.open(tmp_path / "src") as f:
+        place = f.info("dates").offset
+    data = bytearray((tmp_path / "src").read_bytes())
+    data[place] ^= 1
+    (tmp_path / "src").write_bytes(data)
+    with pytest.raises(holdfast.ChecksumError, match="'dates'"):
+        holdfast.convert(tmp_path / "src", tmp_path / "dst.pt")
+    assert not (tmp_path / "dst.pt").exists()
+
+
+@pytest.mark.parametrize("extension", [".npy", ".safetensors", ".pt"])
+def test_arrays_alone_go_to_oneflow(tmp_path: Path, extension: str) -> None:
+    obj: Any = np.arange(6.0).reshape(2, 3)
+    if extension != ".npy":
+        obj = {"model": {"w": obj}, "epoch": 3}
+    holdfast.save(obj, tmp_path / f"src{extension}")
+    holdfast.convert(tmp_path / f"src{extension}", tmp_path / "dst", format="oneflow")
+    assert same(holdfast.load(tmp_path / "dst", framework="numpy"), obj)
