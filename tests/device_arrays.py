@@ -174,6 +174,9 @@ class Adapter:
     def fill(self, tensor: Any, source: Any) -> None:
         tensor.set(source.get())
 
+    def changing(self, tensors: Any) -> None:
+        pass
+
 
 @contextmanager
 def installed(

@@ -52,6 +52,7 @@ class _Target:
     adapter: Adapter
     view: TensorView
     kind: str
+    place: Place | None  # its bytes in memory, if it has any
     row: int = -1  # the entry of the file that fills it
 
 
@@ -88,10 +89,10 @@ def fill_from(
         matches = [
             replace(target, row=stored[name]) for name, target in named.items() if name in stored
         ]
-        filled = {place_of(match.view) for match in matches}
+        filled = {match.place for match in matches} - {None}
         keys = IncompatibleKeys(
             [name for name, target in named.items()
-             if name not in stored and not _tied(target.view, filled)]
+             if name not in stored and target.place not in filled]
             + [name for name in barred if name not in stored],
             [name for name in stored if name not in named and name not in barred],
         )  # fmt: skip
@@ -141,16 +142,11 @@ def _renamed(reader: Reader, rules: list[tuple[re.Pattern[str], str]]) -> dict[s
     return found
 
 
-def _tied(view: TensorView, filled: set[Place]) -> bool:
-    """Whether the memory of a tensor is filled under another name."""
-    return view.nbytes > 0 and place_of(view) in filled
-
-
 def _last(matches: list[_Target]) -> list[_Target]:
     """Of several tensors that are one memory the last one, which is the one that counts."""
     found: dict[object, _Target] = {}
     for match in matches:
-        place = place_of(match.view) if match.view.nbytes else match.name
+        place = match.name if match.place is None else match.place
         found.pop(place, None)
         found[place] = match
     return list(found.values())
@@ -187,7 +183,9 @@ def _named_tensors(target: Any) -> tuple[dict[str, _Target], dict[str, str]]:
         batch, kinds = adapter.describe(members, [names[row] for row in rows])
         for i, row in enumerate(rows):
             kind = join_kind(adapter.name, kinds.get(i, ""))
-            found[names[row]] = _Target(names[row], members[i], adapter, batch[i], kind)
+            view = batch[i]
+            place = place_of(view)
+            found[names[row]] = _Target(names[row], members[i], adapter, view, kind, place)
             _check_writable(found[names[row]])
     return found, barred
 
@@ -277,7 +275,7 @@ def _fill(reader: Reader, matches: list[_Target], threads: int, staging: Staging
     rest = [match for match in matches if ways[id(match)] is _Way.CONVERTED]
     apart = [match for match in matches if ways[id(match)] is _Way.COPIED]
     # What passes only once does so in the order of the file, and nothing of it at once.
-    together = entangled([match.view for match in matches]) if source.repeatable else []
+    together = entangled([match.place for match in matches]) if source.repeatable else []
     turns = [matches[i] for i in together]
     waiting = set(map(id, turns))
     passes = _passes(index, [match for match in direct if id(match) not in waiting])
@@ -393,6 +391,8 @@ def _read_into(
         layout = view.layout()
         if layout is not None:
             layouts.append((i, *layout))
+    for adapter in {match.adapter for match in matches}:
+        adapter.changing([match.tensor for match in matches if match.adapter is adapter])
     verify = fetch.checkable(index)
     devices = np.array([match.view.device for match in matches], np.int32)
     fetch.move(

@@ -209,3 +209,28 @@ def test_tensor_outlives_everything(tmp_path: Path) -> None:
     with holdfast.open(tmp_path / "x") as f:
         tensor = f["x"]
     assert tensor[99_999] == 99_999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("format", ["safetensors", "torch"])
+@pytest.mark.parametrize("counted", [True, False])
+def test_load_into_counts_as_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, format: str, counted: bool
+) -> None:
+    """A gradient that needs what was there before is refused, rather than computed of the new."""
+    if not counted:  # PyTorch before 2.1
+        monkeypatch.delattr(torch.autograd.graph, "increment_version", raising=False)
+    holdfast.save({"w": torch.ones(3), "t": torch.ones(2, 3)}, tmp_path / "x", format=format)
+    model = {
+        "w": torch.full((3,), 5.0, dtype=dtype, requires_grad=True),
+        "t": torch.zeros(3, 2, dtype=dtype).t(),
+    }
+    loss = (model["w"] * model["w"]).sum()
+    holdfast.load_into(model, tmp_path / "x")
+    assert model["t"]._version == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        kept = {"w": torch.zeros(3, dtype=dtype), "t": torch.zeros(2, 3, dtype=dtype)}
+        holdfast.load_into(kept, tmp_path / "x")
+    assert kept["w"].tolist() == [1, 1, 1]

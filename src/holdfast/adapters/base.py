@@ -287,6 +287,10 @@ class Adapter(Protocol):
         """Copy `source` into `tensor`, of the same shape, with its dtype converted."""
         ...
 
+    def changing(self, tensors: Sequence[Any]) -> None:
+        """Be told that the memory of these is about to be written to, by others than `fill`."""
+        ...
+
 
 def dtypes_of(batch: TensorBatch) -> list[DType]:
     """The element types that occur in a batch."""

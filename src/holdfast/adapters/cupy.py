@@ -254,6 +254,9 @@ class CupyAdapter:
         with tensor.device:
             tensor[...] = self.place(source, tensor.device)
 
+    def changing(self, tensors: Sequence[Any]) -> None:
+        """Nothing: arrays do not count their changes."""
+
 
 def _row(array: Any, name: str) -> DType:
     """The row of the table for the elements of an array; TypeError where it cannot be held."""

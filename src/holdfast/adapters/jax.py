@@ -266,6 +266,9 @@ class JaxAdapter:
         """Raise TypeError: nothing can be copied into an immutable array."""
         raise TypeError("JAX's arrays are immutable; load new ones")
 
+    def changing(self, tensors: Sequence[Any]) -> None:
+        """Nothing: no array of JAX's is ever written to."""
+
 
 # -- describing ----------------------------------------------------------------------------------
 

@@ -355,6 +355,9 @@ class NumpyAdapter:
         """Copy with the dtype converted as ``astype`` does."""
         np.copyto(tensor, source, casting="unsafe")
 
+    def changing(self, tensors: Sequence[Any]) -> None:
+        """Nothing: arrays do not count their changes."""
+
 
 def _user_codes() -> dict[int, int]:
     import ml_dtypes

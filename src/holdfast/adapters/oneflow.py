@@ -258,6 +258,9 @@ class OneFlowAdapter:
         with oneflow.no_grad():
             tensor.copy_(source.to(tensor.dtype))
 
+    def changing(self, tensors: Sequence[Any]) -> None:
+        """Nothing: OneFlow does not count changes."""
+
 
 # -- describing ----------------------------------------------------------------------------------
 

@@ -212,6 +212,17 @@ class TorchAdapter:
         with torch.no_grad():
             tensor.detach().copy_(source)
 
+    def changing(self, tensors: Sequence[Any]) -> None:
+        """Count the change, so that autograd notices where it had kept a tensor for a gradient."""
+        increment = getattr(torch.autograd.graph, "increment_version", None)
+        for tensor in tensors:
+            if tensor.is_inference():
+                continue  # which has no count
+            if increment is not None:
+                increment(tensor)
+            else:  # PyTorch before 2.1: a change of none of its elements
+                tensor.detach().as_strided((0,), (1,)).zero_()
+
 
 def _exchange() -> Exchange | None:
     """The exchange API of this PyTorch; None where it has none that serves every dtype."""
