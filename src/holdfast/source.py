@@ -431,7 +431,10 @@ def _descriptor(stream: BinaryIO) -> int:
 
     Only for classes whose ``fileno`` is known to be what they read: that of a GzipFile is not.
     """
-    plain = getattr(stream, "file", stream)  # what tempfile.NamedTemporaryFile wraps
+    plain: Any = stream
+    kind = type(stream)
+    if (kind.__module__, kind.__name__) == ("tempfile", "_TemporaryFileWrapper"):
+        plain = stream.file  # type: ignore[attr-defined]  # of a NamedTemporaryFile
     if type(plain) not in (io.BufferedReader, io.BufferedRandom, io.FileIO):
         return -1
     try:
@@ -440,9 +443,7 @@ def _descriptor(stream: BinaryIO) -> int:
         if isinstance(plain, io.BufferedRandom):
             plain.flush()
         fd = plain.fileno()
-        if isinstance(getattr(plain, "raw", plain), io.FileIO) and stat.S_ISREG(
-            os.fstat(fd).st_mode
-        ):
+        if type(getattr(plain, "raw", plain)) is io.FileIO and stat.S_ISREG(os.fstat(fd).st_mode):
             return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     except (OSError, ValueError):
         pass

@@ -302,3 +302,56 @@ def test_where_a_file_ends_is_told_truly(tmp_path: Path, way: str) -> None:
             with pytest.raises(FormatError, match="at offset 600, file ends at 300$"):
                 source.read(600, 100)
         source.close()
+
+
+class Part:
+    """A part of a file, as a stream of its own."""
+
+    def __init__(self, file: BinaryIO, start: int) -> None:
+        self.file = file
+        self.start = start
+        file.seek(start)
+
+    def read(self, nbytes: int = -1) -> bytes:
+        return self.file.read(nbytes)
+
+    def tell(self) -> int:
+        return self.file.tell() - self.start
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset + (0 if whence else self.start), whence) - self.start
+
+
+class Masked(io.FileIO):
+    """A file whose bytes are others than those on the disk."""
+
+    def readinto(self, into: Any) -> int | None:
+        n = super().readinto(into)
+        view = memoryview(into).cast("B")
+        for i in range(n or 0):
+            view[i] ^= 0x55
+        return n
+
+
+def test_what_reads_otherwise_than_its_file_is_read_itself(tmp_path: Path) -> None:
+    """They were read by the descriptor of the file beneath: another checkpoint in it, say."""
+    files = []
+    for value in (1, 2):
+        holdfast.save({"w": np.full(3, value)}, tmp_path / "x")
+        files.append((tmp_path / "x").read_bytes())
+    (tmp_path / "both").write_bytes(files[0] + files[1])
+    with open(tmp_path / "both", "rb") as file:
+        part = Part(file, len(files[0]))
+        assert holdfast.load(cast(BinaryIO, part), **NUMPY)["w"].tolist() == [2, 2, 2]
+    (tmp_path / "masked").write_bytes(bytes(byte ^ 0x55 for byte in files[0]))
+    with io.BufferedReader(Masked(tmp_path / "masked")) as masked:
+        assert holdfast.load(masked, **NUMPY)["w"].tolist() == [1, 1, 1]
+
+
+def test_temporary_files_are_read_by_their_descriptor() -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        holdfast.save({"w": np.ones(3)}, file)  # type: ignore[arg-type]
+        file.seek(0)
+        source = source_of(file)
+        assert source.fd >= 0
+        source.close()
