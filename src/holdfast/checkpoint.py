@@ -13,6 +13,7 @@ import holdfast
 
 from . import adapters, ahead, fetch, objects
 from .booleans import BOOL, settle
+from .collect import opaque
 from .destinations import destination, said_of
 from .fetch import Destination
 from .folder import FolderSource, Origin, open_origin
@@ -30,6 +31,13 @@ class TensorSlice:
 
     Index it as the tensor itself (``f.slice(name)[10:20, ::2]``). Of a mapped file only the pages
     that the part touches are read; otherwise the rows of the first axis that it spans.
+
+    Attributes
+    ----------
+    shape : tuple of int
+    dtype : str
+        As ``Checkpoint.info`` has them; but where that tells of the bytes of elements whose type
+        the dtype table lacks, these are those of the elements.
     """
 
     __slots__ = ("_checkpoint", "_name", "dtype", "shape")
@@ -40,6 +48,10 @@ class TensorSlice:
         self._name = name
         self.shape = info.shape
         self.dtype = info.dtype
+        reader = checkpoint._reader
+        kind = opaque(reader.kinds.get(reader.find(name)))
+        if kind:
+            self.shape, self.dtype = info.shape[:-1], kind.removeprefix("dtype:")
 
     def __getitem__(self, key: Any) -> Any:
         return self._checkpoint._part(self._name, key)

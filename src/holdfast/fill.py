@@ -76,6 +76,8 @@ def fill_from(
     staging: Staging | None = None,
 ) -> IncompatibleKeys:
     """What :func:`holdfast.load_into` does."""
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a str, not {type(prefix).__name__}")
     rules = _rules(rename)
     named, barred = _named_tensors(target)
     with Reader(open_origin(f), guess=False) as reader:

@@ -111,8 +111,10 @@ class Reader:
             raise KeyError(self.missing(name))
         return row
 
-    def position(self, name: str) -> int:
+    def position(self, name: object) -> int:
         """The entry of the tensor called `name`, or -1."""
+        if not isinstance(name, str):
+            return -1
         if self.index.structure is not None:
             return self.paths().get(name, -1)
         row = self.index.names.find(name)
@@ -127,7 +129,8 @@ class Reader:
         import difflib
 
         paths = self.paths()
-        near = difflib.get_close_matches(name, paths, n=1) if len(paths) <= 1000 else []
+        few = isinstance(name, str) and len(paths) <= 1000
+        near = difflib.get_close_matches(name, paths, n=1) if few else []
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{self.source.name}: no tensor is called {name!r} ({len(paths)} are here){hint}"
 

@@ -54,6 +54,8 @@ def test_targets_that_cannot_be_filled(tmp_path: Path) -> None:
         holdfast.load_into({"a": frozen}, tmp_path / "x")
     with pytest.raises(TypeError, match="module or a dict"):
         holdfast.load_into(7, tmp_path / "x")
+    with pytest.raises(TypeError, match="prefix must be a str, not tuple"):
+        holdfast.load_into({"a": np.zeros((2, 2))}, tmp_path / "x", prefix=("a.", "b."))  # type: ignore[arg-type]
 
 
 def test_views_of_one_memory_that_begin_at_one_place(tmp_path: Path) -> None:

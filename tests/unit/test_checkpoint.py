@@ -46,6 +46,10 @@ def test_mapping(opened: Any) -> None:
     assert opened["step"] == 7 and opened["model.fc.weight"][2, 3] == 43
     assert dict(opened.items())["model.fc.bias"].dtype == np.float32
     assert opened.get("absent") is None
+    for other in (7, None, b"step", ("step",)):
+        assert opened.get(other) is None
+        with pytest.raises(KeyError, match="no tensor is called"):
+            opened[other]
     with pytest.raises(KeyError, match="did you mean 'model.fc.bias'"):
         opened["model.fc.bais"]
     assert opened.metadata == {"who": "me"}
@@ -80,6 +84,19 @@ def test_slices(opened: Any, key: Any) -> None:
         part[30]
     with pytest.raises(TypeError):
         len(opened.slice("step"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_slices_of_dtypes_that_the_table_lacks(tmp_path: Path, stream: bool) -> None:
+    days = np.arange(6).astype("M8[D]").reshape(2, 3)
+    path = tmp_path / "days"
+    holdfast.save({"days": days, "day": days[:1, 0].reshape(())}, path)
+    with holdfast.open(io.BytesIO(path.read_bytes()) if stream else path) as f:
+        part, single = f.slice("days"), f.slice("day")
+        assert (part.shape, part.dtype, len(part)) == ((2, 3), "<M8[D]", 2)
+        assert (part[1:, ::-1] == days[1:, ::-1]).all() and part[-1, 2] == days[-1, 2]
+        assert single.shape == () and single[()] == days[0, 0]
+        assert f.info("days").shape == (2, 3, 8)  # as it stands in the file
 
 
 def test_prefetch(opened: Any) -> None:
