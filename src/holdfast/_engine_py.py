@@ -334,7 +334,8 @@ def read_stream(
         position += n
         if n < len(data) and seekable:  # it may have ended before the place that was sought
             with contextlib.suppress(OSError, ValueError):
-                position = file.seek(0, os.SEEK_END) - origin
+                file.seek(0, os.SEEK_END)
+                position = file.tell() - origin
                 return min(n, position - at)
         return n
 

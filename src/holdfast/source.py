@@ -471,7 +471,8 @@ def _remaining(stream: BinaryIO) -> int:
     """Bytes from the position of `stream` to its end, or -1 where it cannot tell."""
     try:
         here = stream.tell()
-        end = stream.seek(0, os.SEEK_END)
+        stream.seek(0, os.SEEK_END)
+        end = stream.tell()  # seek() of somebody's own may return nothing
         stream.seek(here)
     except (AttributeError, OSError, ValueError):
         return -1

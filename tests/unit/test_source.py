@@ -355,3 +355,41 @@ def test_temporary_files_are_read_by_their_descriptor() -> None:
         source = source_of(file)
         assert source.fd >= 0
         source.close()
+
+
+class Silent:
+    """What seeks and does not say where to."""
+
+    def __init__(self, data: bytes) -> None:
+        self.stream = io.BytesIO(data)
+
+    def read(self, nbytes: int = -1) -> bytes:
+        return self.stream.read(nbytes)
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> None:
+        self.stream.seek(offset, whence)
+
+    def seekable(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch", "torch_legacy", "npz"])
+def test_a_seek_that_returns_nothing(format: str) -> None:
+    saved = io.BytesIO()
+    holdfast.save({"w": np.arange(3000.0), "v": np.ones(3)}, saved, format=format)
+    for whole in (True, False):
+        data = saved.getvalue() if whole else saved.getvalue()[:-3000]
+        stream = cast(BinaryIO, Silent(data))
+        if not whole:
+            with pytest.raises(FormatError):
+                holdfast.load(stream, **NUMPY)
+            continue
+        assert holdfast.load(stream, **NUMPY)["w"].sum() == 4498500
+        assert stream.tell() == len(data)
+    with tempfile.SpooledTemporaryFile() as file:
+        holdfast.save({"w": np.ones(3)}, file, format=format)  # type: ignore[arg-type]
+        file.seek(0)
+        assert holdfast.verify(file).ok  # type: ignore[arg-type]

@@ -125,7 +125,8 @@ class Loading:
             if self.is_path:
                 return os.path.getsize(self.f) == 0
             here = self.f.tell()
-            empty = self.f.seek(0, os.SEEK_END) == here == 0
+            self.f.seek(0, os.SEEK_END)
+            empty = self.f.tell() == here == 0
             self.f.seek(here)
         except (AttributeError, OSError, ValueError):
             return False
