@@ -27,13 +27,18 @@ static int find_writable_target(hold_publication *self, const char *path)
     /* The links of /proc (/dev/stdout) lead where their text does not: ask the kernel first. */
     struct stat st;
     int rc = HOLD_RETRY(hold_sys_fstatat(AT_FDCWD, path, &st, 0));
-    if (rc == 0)
+    const bool there = rc == 0;
+    if (there)
         rc = check_kind(&st);
     if (rc == -EISDIR || rc == -ESPIPE)
         return rc;
 
     rc = hold_place_find(path, false, &self->place, &self->old);
     self->existed = rc == 1;
+    /* A file that has no name any more, or never had one, is none that can be replaced. */
+    if (there && st.st_nlink == 0 &&
+        (!self->existed || st.st_ino != self->old.st_ino || st.st_dev != self->old.st_dev))
+        return -ESPIPE;
     if (rc <= 0)
         return rc;
     rc = check_kind(&self->old);

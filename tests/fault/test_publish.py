@@ -11,8 +11,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import holdfast
 from holdfast import _engine
 
 Save = Callable[..., None]
@@ -276,6 +278,29 @@ def test_streams_are_told_apart(tmp_path: Path, listing: Listing) -> None:
         os.close(reader)
         os.close(writer)
     assert listing() == ["fifo", "link"]
+
+
+def test_a_file_without_a_name_is_none_to_be_replaced(tmp_path: Path, listing: Listing) -> None:
+    """What its link in /proc says, "/path (deleted)", became a file of that name."""
+    gone = os.open(tmp_path / "gone", os.O_RDWR | os.O_CREAT)
+    (tmp_path / "gone").unlink()
+    memory = os.memfd_create("memory")
+    try:
+        for fd in (gone, memory):
+            with pytest.raises(OSError) as caught:
+                _engine.Publication(f"/proc/self/fd/{fd}")
+            assert caught.value.errno == errno.ESPIPE
+            os.write(fd, b"longer than what is saved" * 1000)
+            holdfast.save({"w": np.ones(3)}, f"/proc/self/fd/{fd}")
+            assert holdfast.load(f"/proc/self/fd/{fd}", framework="numpy")["w"].tolist() == [1] * 3
+        assert listing() == []
+        (tmp_path / "gone (deleted)").write_bytes(b"another")
+        holdfast.save({"w": np.ones(3)}, f"/proc/self/fd/{gone}")
+        assert (tmp_path / "gone (deleted)").read_bytes() == b"another"
+    finally:
+        os.close(gone)
+        os.close(memory)
+    assert not os.path.exists("/memfd:memory (deleted)")
 
 
 # ---- rights --------------------------------------------------------------------------------
