@@ -68,6 +68,9 @@ class SaveOptions:
 
 def save_file(obj: Any, f: FileLike, options: SaveOptions) -> None:
     """Save an object to a file."""
+    metadata: object = options.metadata
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must be a dict of str to str, not {type(metadata).__name__}")
     if type(obj) is StateDict:
         obj = dict(obj)
     if options.max_shard_size is not None:

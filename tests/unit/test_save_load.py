@@ -323,3 +323,11 @@ def test_truncated(tmp_path: Path) -> None:
     path.write_bytes(whole + b"\0")
     with pytest.raises(holdfast.FormatError):
         holdfast.load(path)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch", "npz", "oneflow", "torch_legacy"])
+@pytest.mark.parametrize("metadata", ["text", [("a", "b")], 7, ()])
+def test_metadata_that_are_no_dict(tmp_path: Path, format: str, metadata: Any) -> None:
+    with pytest.raises(TypeError, match="metadata must be a dict of str to str"):
+        holdfast.save({"w": np.ones(2)}, tmp_path / "x", format=format, metadata=metadata)
+    assert not any(tmp_path.iterdir())
