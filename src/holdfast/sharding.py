@@ -192,7 +192,8 @@ def _make_folder(folder: str) -> bool:
         os.mkdir(folder)
     except FileExistsError:
         if not os.path.isdir(folder):
-            raise NotADirectoryError(f"{folder}: shards are written to a folder") from None
+            text = "Shards are written to a folder"
+            raise NotADirectoryError(errno.ENOTDIR, text, folder) from None
         return False
     return True
 

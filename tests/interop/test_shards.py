@@ -117,8 +117,9 @@ def test_targets_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="torch"):
         holdfast.save(tensors(), tmp_path / "a", max_shard_size=10, format="torch")
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(NotADirectoryError, match="Shards are written to a folder") as caught:
         holdfast.save(tensors(), tmp_path / "file", max_shard_size=10)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOTDIR, str(tmp_path / "file"))
 
 
 # ---- all that a checkpoint can do -----------------------------------------------------------
