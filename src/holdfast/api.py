@@ -259,7 +259,8 @@ def convert(
 
     No tensor is made, and unless `dequantize` says so none is decoded: bytes go from a map of the
     one file to the other, so that the memory taken does not grow with them. Checksums of `src`,
-    where it has them, are checked.
+    where it has them, are checked. (In a file of torch, arrays of NumPy's beside tensors are a part
+    of the pickle, as :func:`save` has them, and pass through memory.)
 
     Parameters
     ----------
