@@ -105,6 +105,15 @@ def test_variable_length_strings_are_refused() -> None:
         describe(np.array(["a"], np.dtypes.StringDType()))
 
 
+def test_types_with_parameters_that_are_not_numpys_own_are_refused() -> None:
+    """All of them have one type number, which is none: -1."""
+    umath = getattr(np, "_core", np.core if np.__version__ < "2" else None)._multiarray_umath
+    scaled = umath._get_sfloat_dtype()(1.0)  # which NumPy has for its own tests
+    assert scaled.num == -1
+    with pytest.raises(TypeError, match="tensor 'a0': dtype .*not one that can be saved"):
+        describe(np.array([1.0, 2.0]).view(scaled))
+
+
 def test_what_is_no_array_is_refused() -> None:
     with pytest.raises(TypeError, match="tensor 'a1': a list is not"):
         describe(np.zeros(1), [1])

@@ -85,7 +85,8 @@ def describe(list arrays, dict user, vet, name_kind):
     for i in range(n):
         array = arrays[i]
         number = cnp.PyArray_TYPE(array)
-        code = CODES[number] if number < BUILTIN else <int>user.get(number, OPAQUE)
+        # Types with parameters that other packages make all have the number -1.
+        code = CODES[number] if 0 <= number < BUILTIN else <int>user.get(number, OPAQUE)
         if code == OPAQUE:
             kinds[i] = name_kind(array, i)
         used += put(&rows[i], array, code, used, &shape[used], &steps[used])

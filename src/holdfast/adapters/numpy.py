@@ -78,9 +78,9 @@ def encode_dtype(dtype: np.dtype[Any]) -> Any:
         if dtype.isalignedstruct:
             spec["aligned"] = True
         return spec
-    if dtype.num < _BUILTIN and _DTYPE.fullmatch(dtype.str):
+    if 0 <= dtype.num < _BUILTIN and _DTYPE.fullmatch(dtype.str):
         return dtype.str
-    if dtype.type.__module__ == "ml_dtypes" and dtype.name in _ML_DTYPES:
+    if getattr(dtype.type, "__module__", None) == "ml_dtypes" and dtype.name in _ML_DTYPES:
         return f"ml_dtypes.{dtype.name}"
     raise TypeError(f"dtype {dtype}: not one that can be saved")
 
