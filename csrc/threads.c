@@ -38,6 +38,19 @@ static void *enter(void *argument)
     return NULL;
 }
 
+/*
+ * Signals are for the program's own threads; here they would only cut transfers short. But what a
+ * worker itself brings about, as by a touch of a map whose file was cut, is told where it happens:
+ * blocked, it would end the process without a word of whoever handles it (faulthandler).
+ */
+static void signals_of_others(sigset_t *out)
+{
+    static const int own[] = {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGTRAP};
+    sigfillset(out);
+    for (size_t i = 0; i < sizeof own / sizeof *own; i++)
+        sigdelset(out, own[i]);
+}
+
 int hold_job_run(hold_job *job, size_t first, size_t stop, int workers)
 {
     seat seats[HOLD_MAX_WORKERS];
@@ -49,10 +62,9 @@ int hold_job_run(hold_job *job, size_t first, size_t stop, int workers)
     if (workers > 1 && (size_t)workers > stop - first)
         workers = (int)(stop - first);
     if (workers > 1) {
-        /* Signals are for the program's own threads; here they would only cut transfers short. */
-        sigset_t all, old;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &old);
+        sigset_t others, old;
+        signals_of_others(&others);
+        pthread_sigmask(SIG_SETMASK, &others, &old);
         for (; started < workers - 1; started++) {
             seat *s = &seats[started];
             *s = (seat){.job = job, .worker = {.rank = started + 1}};

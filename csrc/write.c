@@ -12,6 +12,7 @@
 
 #define DIRECT_MIN ((uint64_t)4 << 20)   /* less than this is not worth O_DIRECT */
 #define PREALLOCATE_MIN ((uint64_t)1 << 20)
+#define PREALLOCATE_TRIES 4
 #define ALIGN_MIN 4096u                  /* of offsets and lengths under O_DIRECT */
 #define FOLIO ((uint64_t)2 << 20)        /* written at a time through the page cache */
 #define PROBE ((uint64_t)64 << 20)       /* written at once to learn how fast a way is ... */
@@ -218,8 +219,11 @@ static int preallocate(writer *w, uint64_t end, uint64_t size)
         return 0;
     if (end < size)
         end = size;
-    int rc = HOLD_RETRY(hold_sys_fallocate(w->fd, 0, (off_t)begin, (off_t)(end - begin)));
-    if (rc == -EOPNOTSUPP || rc == -ENOTSUP || rc == -EINVAL || rc == -ENOSYS)
+    int rc = -EINTR;
+    /* tmpfs, interrupted, undoes all of it: where signals come faster than it ends it never would. */
+    for (int tries = 0; rc == -EINTR && tries < PREALLOCATE_TRIES; tries++)
+        rc = hold_sys_fallocate(w->fd, 0, (off_t)begin, (off_t)(end - begin));
+    if (rc == -EINTR || rc == -EOPNOTSUPP || rc == -ENOTSUP || rc == -EINVAL || rc == -ENOSYS)
         return 0;
     return rc < 0 ? rc : 0;
 }

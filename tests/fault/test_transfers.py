@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,3 +138,59 @@ def test_write_where_direct_io_is_refused(tmp_path: Path) -> None:
     assert hit is None
     if used[-1]:  # the disk takes O_DIRECT: each refused write went on without it
         assert used.count(False) >= 3
+
+
+def run(program: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that may end as no test should."""
+    return subprocess.run(
+        [sys.executable, "-c", program, *args],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+INTERRUPTED = """
+import errno, os, sys
+import numpy as np
+from holdfast import _engine
+from holdfast.layout import SEGMENT
+buffer = _engine.allocate(8 << 20)
+segment = np.zeros(1, SEGMENT)
+segment["nbytes"], segment["address"] = 8 << 20, buffer.address
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+_engine.fault_ban("fallocate", errno.EINTR)
+_engine.write(fd, segment)
+"""
+
+
+def test_room_is_not_asked_for_forever(tmp_path: Path) -> None:
+    """tmpfs gives up its pages again at every signal, and a timer may be faster than it is."""
+    done = run(INTERRUPTED, str(tmp_path / "new"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "new").stat().st_size == 8 << 20
+
+
+CUT = """
+import faulthandler, os, resource, sys
+import numpy as np
+from holdfast import _engine
+from holdfast.layout import SEGMENT
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+faulthandler.enable()
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+os.truncate(fd, 65 << 20)
+buffer = _engine.map_file(fd, 0, 65 << 20)
+os.truncate(fd, 64 << 20)
+segments = np.zeros(2, SEGMENT)
+segments["offset"] = [0, 64 << 20]
+segments["nbytes"] = [64 << 20, 1 << 20]
+segments["address"] = buffer.address + segments["offset"]
+_engine.checksum(segments, threads=2)
+"""
+
+
+@pytest.mark.skipif("HOLDFAST_SANITIZED" in os.environ, reason="AddressSanitizer reports it")
+def test_a_fault_in_a_worker_is_reported(tmp_path: Path) -> None:
+    """The calling thread takes what is long, nearly always, and the other what the file lost."""
+    done = run(CUT, str(tmp_path / "cut"))
+    assert done.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in done.stderr
