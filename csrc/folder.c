@@ -142,6 +142,8 @@ static int find_target(hold_folder *self, const char *path)
     int rc = HOLD_RETRY(hold_sys_fstatat(AT_FDCWD, path, &self->old, 0));
     if (rc == 0 && !S_ISDIR(self->old.st_mode))
         return -ENOTDIR;
+    if (rc == -EACCES) /* it may be about a link that is not to be followed */
+        return rc;
     rc = hold_place_find(path, true, &self->place, &self->old);
     if (rc == 0 && recover(&self->place))
         rc = hold_place_find(path, true, &self->place, &self->old);

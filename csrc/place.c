@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/file.h>
+#include <unistd.h>
 
 #include "sys.h"
 
@@ -57,6 +58,22 @@ static int enter(hold_place *place, char *path, bool folder)
     return slash || dots ? -EISDIR : 0;
 }
 
+/*
+ * May a link be followed? Not one that another user has put into a folder of everybody's (/tmp): the
+ * kernel, which is not asked to follow it here, refuses that too where fs.protected_symlinks is set.
+ */
+static int check_link(const hold_place *place, const struct stat *link)
+{
+    const mode_t everybodys = S_ISVTX | S_IWOTH;
+    struct stat folder;
+    if (link->st_uid == geteuid())
+        return 0;
+    const int rc = HOLD_RETRY(hold_sys_fstat(place->dirfd, &folder));
+    if (rc < 0 || (folder.st_mode & everybodys) != everybodys || folder.st_uid == link->st_uid)
+        return rc;
+    return -EACCES;
+}
+
 int hold_place_find(const char *path, bool folder, hold_place *out, struct stat *found)
 {
     char text[PATH_MAX];
@@ -74,6 +91,9 @@ int hold_place_find(const char *path, bool folder, hold_place *out, struct stat 
             return rc == -ENOENT ? 0 : rc;
         if (!S_ISLNK(found->st_mode))
             return 1;
+        rc = check_link(out, found);
+        if (rc < 0)
+            return rc;
         const ssize_t n = HOLD_RETRY(hold_sys_readlinkat(out->dirfd, out->name, text, sizeof text));
         if (n < 0)
             return (int)n;

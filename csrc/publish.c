@@ -30,8 +30,8 @@ static int find_writable_target(hold_publication *self, const char *path)
     const bool there = rc == 0;
     if (there)
         rc = check_kind(&st);
-    if (rc == -EISDIR || rc == -ESPIPE)
-        return rc;
+    if (rc == -EISDIR || rc == -ESPIPE || rc == -EACCES)
+        return rc; /* EACCES may be about a link that is not to be followed */
 
     rc = hold_place_find(path, false, &self->place, &self->old);
     self->existed = rc == 1;

@@ -1,14 +1,11 @@
-"""Publishing a file: names, modes and owners, links, rights."""
+"""Publishing a file: names, modes and owners, links."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-import shutil
 import stat
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,6 @@ from holdfast import _engine
 
 Save = Callable[..., None]
 Listing = Callable[[], list[str]]
-Script = Callable[..., str]
 
 NOBODY = 65534
 
@@ -301,90 +297,3 @@ def test_a_file_without_a_name_is_none_to_be_replaced(tmp_path: Path, listing: L
         os.close(gone)
         os.close(memory)
     assert not os.path.exists("/memfd:memory (deleted)")
-
-
-# ---- rights --------------------------------------------------------------------------------
-
-#: Runs as nobody: begins to publish each path and commits, durably; prints the errno of each, or 0.
-AS_NOBODY = f"""
-import json, os, sys
-from holdfast import _engine
-if os.geteuid() == 0:
-    os.setgroups([])
-    os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
-    os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
-codes = []
-for path in sys.argv[1:]:
-    try:
-        with _engine.Publication(path) as publication:
-            os.write(publication.fd, b"new")
-            publication.commit(True)
-        codes.append(0)
-    except OSError as error:
-        assert os.fspath(error.filename) == path
-        codes.append(error.errno)
-print(json.dumps(codes))
-"""
-
-
-@pytest.fixture
-def shared() -> Iterator[Path]:
-    """A folder that belongs to whom AS_NOBODY runs as, all of whose parents may be entered."""
-    folder = Path(tempfile.mkdtemp(prefix="holdfast-test-"))
-    try:
-        if os.geteuid() == 0:
-            os.chown(folder, NOBODY, NOBODY)
-        folder.chmod(0o755)
-        if any(not parent.stat().st_mode & 0o001 for parent in folder.parents):
-            pytest.skip(f"others may not enter {folder.parent}")
-        yield folder
-    finally:
-        folder.chmod(0o700)
-        shutil.rmtree(folder)
-
-
-def make(path: Path, mode: int) -> Path:
-    path.write_bytes(b"old")
-    if os.geteuid() == 0:
-        os.chown(path, NOBODY, NOBODY)
-    path.chmod(mode)
-    return path
-
-
-def test_read_only_file(shared: Path, script: Script) -> None:
-    file = make(shared / "file", 0o444)
-
-    assert json.loads(script(AS_NOBODY, file)) == [errno.EACCES]
-    assert file.read_bytes() == b"old"
-    assert os.listdir(shared) == ["file"]
-
-
-def test_read_only_directory(shared: Path, script: Script) -> None:
-    file = make(shared / "file", 0o644)
-    shared.chmod(0o555)
-
-    codes = json.loads(script(AS_NOBODY, shared / "new", file))
-
-    assert codes == [errno.EACCES, errno.EACCES]
-    assert file.read_bytes() == b"old"
-    assert os.listdir(shared) == ["file"]
-
-
-def test_directory_that_may_be_written_but_not_read(shared: Path, script: Script) -> None:
-    file = make(shared / "file", 0o644)
-    shared.chmod(0o333)
-
-    assert json.loads(script(AS_NOBODY, shared / "new", file)) == [0, 0]
-
-    shared.chmod(0o755)
-    assert file.read_bytes() == (shared / "new").read_bytes() == b"new"
-    assert sorted(os.listdir(shared)) == ["file", "new"]
-
-
-def test_file_that_may_be_written_but_not_read(shared: Path, script: Script) -> None:
-    file = make(shared / "file", 0o200)
-
-    assert json.loads(script(AS_NOBODY, file)) == [0]
-    assert mode(file) == 0o200
-    file.chmod(0o600)
-    assert file.read_bytes() == b"new"
