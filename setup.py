@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 CSRC = Path("csrc")
 HEADERS = sorted(str(path) for path in CSRC.glob("*.h"))
 ENGINE = ["sys", "threads", "crc", "crc_x86", "strided", "memory", "segments", "write", "read"]
-ENGINE += ["checksum", "uncached", "place", "draft", "publish"]
+ENGINE += ["checksum", "uncached", "place", "rights", "draft", "publish"]
 ENGINE += ["beneath", "files", "tree", "folder"]
 HEADER = ["json", "header_names", "header_check", "header_scan", "header_compact", "header_emit"]
 HEADER += ["crc", "crc_x86"]

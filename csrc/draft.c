@@ -7,6 +7,7 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include "rights.h"
 #include "sys.h"
 
 /* ---- the temporaries of others ----------------------------------------------------------- */
@@ -128,15 +129,17 @@ static bool link_is_impossible(int rc)
 static int name_by_copy(hold_draft *self, const hold_place *place, bool durable)
 {
     hold_draft copy = {.fd = -1, .owner = self->owner};
-    struct stat st;
-    int rc = HOLD_RETRY(hold_sys_fstat(self->fd, &st));
+    hold_rights rights;
+    int rc = HOLD_RETRY(hold_sys_fstat(self->fd, &rights.st));
     if (rc == 0)
-        rc = create_named(place, st.st_mode & 0777, &copy);
+        rc = hold_rights_read(self->fd, NULL, &rights);
+    if (rc == 0)
+        rc = create_named(place, rights.st.st_mode & 0700, &copy);
     if (rc < 0)
         return rc;
     rc = hold_file_copy(self->fd, copy.fd);
     if (rc == 0)
-        rc = hold_file_inherit(copy.fd, &st);
+        rc = hold_rights_give(copy.fd, &rights);
     if (rc == 0 && durable)
         rc = HOLD_RETRY(hold_sys_fsync(copy.fd));
     if (rc < 0) {
@@ -189,7 +192,7 @@ int hold_draft_rename(hold_draft *self, const hold_place *place, bool durable)
     return rename_named(self, place);
 }
 
-/* ---- content and attributes --------------------------------------------------------------- */
+/* ---- content ------------------------------------------------------------------------------ */
 
 static int copy_block(int from, int to, int64_t offset, int64_t nbytes)
 {
@@ -232,23 +235,4 @@ int hold_file_copy(int from, int to)
         in += n;
     }
     return 0;
-}
-
-int hold_file_inherit(int fd, const struct stat *model)
-{
-    struct stat now;
-    int rc = HOLD_RETRY(hold_sys_fstat(fd, &now));
-    if (rc < 0)
-        return rc;
-    mode_t mode = model->st_mode & 07777;
-    if (now.st_uid != model->st_uid || now.st_gid != model->st_gid) {
-        rc = HOLD_RETRY(hold_sys_fchown(fd, model->st_uid, model->st_gid));
-        if (rc < 0) {
-            mode &= (mode_t) ~(S_ISUID | S_ISGID);
-            (void)HOLD_RETRY(hold_sys_fchown(fd, (uid_t)-1, model->st_gid));
-        }
-    } else if ((now.st_mode & 07777) == mode) {
-        return 0;
-    }
-    return HOLD_RETRY(hold_sys_fchmod(fd, mode));
 }

@@ -50,10 +50,4 @@ void hold_draft_sweep(const hold_place *place);
 /* Copy all bytes of the file `from` into the empty file `to`, sharing them where that can be. */
 int hold_file_copy(int from, int to);
 
-/*
- * Give `fd` the mode of `model` and, where this process may, its owner and group; where it may not,
- * without the set-user-ID and set-group-ID bits.
- */
-int hold_file_inherit(int fd, const struct stat *model);
-
 #endif

@@ -9,6 +9,7 @@
 #include "draft.h"
 #include "hold.h"
 #include "place.h"
+#include "rights.h"
 #include "sys.h"
 #include "tree.h"
 
@@ -27,7 +28,7 @@ struct hold_folder {
     bool exact;                /* ... and nothing but what old_fd is */
     bool complete;             /* nothing is missing but the name */
     bool existed;              /* a folder had the name when this began ... */
-    struct stat old;           /* ... and was this */
+    hold_rights old;           /* ... and had these */
 };
 
 /* How the new folder got its name. */
@@ -125,28 +126,29 @@ static int check_empty(const hold_folder *self)
 }
 
 /* May the folder that has the name be replaced? */
-static int check_old(const hold_folder *self)
+static int check_old(hold_folder *self)
 {
     const hold_place *place = &self->place;
-    if (!S_ISDIR(self->old.st_mode))
+    if (!S_ISDIR(self->old.st.st_mode))
         return -ENOTDIR;
+    int rc = hold_rights_read(place->dirfd, place->name, &self->old);
     /* Renaming takes no right to write to it: whoever took that right away meant it. */
-    const int rc =
-        HOLD_RETRY(hold_sys_faccessat(place->dirfd, place->name, W_OK | X_OK, AT_EACCESS));
+    if (rc == 0)
+        rc = HOLD_RETRY(hold_sys_faccessat(place->dirfd, place->name, W_OK | X_OK, AT_EACCESS));
     return rc < 0 || self->replace ? rc : check_empty(self);
 }
 
 static int find_target(hold_folder *self, const char *path)
 {
     /* The links of /proc lead where their text does not: ask the kernel first. */
-    int rc = HOLD_RETRY(hold_sys_fstatat(AT_FDCWD, path, &self->old, 0));
-    if (rc == 0 && !S_ISDIR(self->old.st_mode))
+    int rc = HOLD_RETRY(hold_sys_fstatat(AT_FDCWD, path, &self->old.st, 0));
+    if (rc == 0 && !S_ISDIR(self->old.st.st_mode))
         return -ENOTDIR;
     if (rc == -EACCES) /* it may be about a link that is not to be followed */
         return rc;
-    rc = hold_place_find(path, true, &self->place, &self->old);
+    rc = hold_place_find(path, true, &self->place, &self->old.st);
     if (rc == 0 && recover(&self->place))
-        rc = hold_place_find(path, true, &self->place, &self->old);
+        rc = hold_place_find(path, true, &self->place, &self->old.st);
     self->existed = rc == 1;
     return rc == 1 ? check_old(self) : rc;
 }
@@ -154,16 +156,16 @@ static int find_target(hold_folder *self, const char *path)
 /* The mode while it is being filled: what it will have, but never without the owner's rights. */
 static int inherit(const hold_folder *self, mode_t more)
 {
-    struct stat model = self->old;
-    model.st_mode |= more;
-    return hold_file_inherit(self->fd, &model);
+    hold_rights model = self->old;
+    model.st.st_mode |= more;
+    return hold_rights_give(self->fd, &model);
 }
 
 /* Make the new folder `self->temp`: 1, or 0 where that name is another's, or -errno. */
 static int make_new(hold_folder *self)
 {
     const hold_place *place = &self->place;
-    const mode_t mode = self->existed ? (self->old.st_mode & 0777) | 0700 : 0777;
+    const mode_t mode = self->existed ? (self->old.st.st_mode & 0777) | 0700 : 0777;
     int rc = HOLD_RETRY(hold_sys_mkdirat(place->dirfd, self->temp, mode));
     if (rc < 0) {
         self->temp[0] = '\0';
@@ -300,12 +302,12 @@ static int take_name(hold_folder *self, manner *how)
 static void make_empty(const hold_folder *self)
 {
     const hold_place *place = &self->place;
-    if (HOLD_RETRY(hold_sys_mkdirat(place->dirfd, place->name, self->old.st_mode & 0777)) < 0)
+    if (HOLD_RETRY(hold_sys_mkdirat(place->dirfd, place->name, self->old.st.st_mode & 0777)) < 0)
         return;
     const int fd = open_folder(place, place->name);
     if (fd < 0)
         return;
-    (void)hold_file_inherit(fd, &self->old);
+    (void)hold_rights_give(fd, &self->old);
     hold_sys_close(fd);
 }
 
@@ -437,7 +439,7 @@ int hold_folder_complete(hold_folder *self, bool durable)
     int rc = durable ? hold_tree_sync(self->fd) : 0;
     if (rc == 0 && self->existed) {
         rc = inherit(self, 0);
-        if (rc == 0 && durable && (self->old.st_mode & 0700) != 0700)
+        if (rc == 0 && durable && (self->old.st.st_mode & 0700) != 0700)
             rc = HOLD_RETRY(hold_sys_fsync(self->fd)); /* only now it has its mode */
     }
     self->complete = rc == 0;

@@ -228,8 +228,8 @@ int hold_checksum(hold_segment *segments, size_t n, const hold_options *options,
  *
  * Begun, it is an unnamed file (O_TMPFILE) in the target's directory, or, where the file system
  * has none, a temporary name created with O_EXCL and locked with flock; temporaries of the same
- * target whose owner is dead are removed. The mode is that of the regular file which has the
- * target's name, or else 0666 & ~umask.
+ * target whose owner is dead are removed. It is the owner's alone until it is committed where a
+ * regular file has the target's name, the mode of which it gets then; or else 0666 & ~umask.
  */
 typedef struct hold_publication hold_publication;
 
@@ -249,8 +249,8 @@ int hold_publish_fd(const hold_publication *self);
  * Give the file its name, replacing what had it: fsync, link, rename, fsync of the directory
  * (durable), or link and rename alone. On failure the old file is what it was and nothing is left
  * behind; where only the last fsync failed, the old content is put back under the name as far as
- * the device still obeys (an old file that this process may not read cannot be). Owner and group
- * are kept where this process may set them. Ends the publication either way.
+ * the device still obeys (an old file that this process may not read cannot be). Owner, group
+ * and ACLs are kept where this process may set them (rights.h). Ends the publication either way.
  */
 int hold_publish_commit(hold_publication *self, bool durable);
 
@@ -305,7 +305,7 @@ int hold_file_create(int dirfd, const char *path);
  *
  * Begun, it is an empty folder with a temporary name beside the target, locked with flock;
  * temporaries of the same target whose owner is dead are removed, with all that is in them. Mode,
- * and owner and group where this process may set them, are those of the folder that has the name,
+ * ACLs, and owner and group where this process may set them, are those of the folder that has the name,
  * or else 0777 & ~umask.
  */
 typedef struct hold_folder hold_folder;

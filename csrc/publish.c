@@ -4,13 +4,14 @@
 
 #include "draft.h"
 #include "hold.h"
+#include "rights.h"
 #include "sys.h"
 
 struct hold_publication {
     hold_place place;
     hold_draft draft;
     bool existed;    /* a regular file had the name when this began ... */
-    struct stat old; /* ... and was this */
+    hold_rights old; /* ... and had these */
 };
 
 /* ---- finding the target ------------------------------------------------------------------- */
@@ -33,7 +34,7 @@ static int find_writable_target(hold_publication *self, const char *path)
     if (rc == -EISDIR || rc == -ESPIPE || rc == -EACCES)
         return rc; /* EACCES may be about a link that is not to be followed */
 
-    rc = hold_place_find(path, false, &self->place, &self->old);
+    rc = hold_place_find(path, false, &self->place, &self->old.st);
     self->existed = rc == 1;
     /* A file that has no name any more, or never had one, is none that can be replaced. */
     if (there && st.st_nlink == 0 &&
@@ -41,7 +42,9 @@ static int find_writable_target(hold_publication *self, const char *path)
         return -ESPIPE;
     if (rc <= 0)
         return rc;
-    rc = check_kind(&self->old);
+    rc = check_kind(&self->old.st);
+    if (rc == 0)
+        rc = hold_rights_read(self->place.dirfd, self->place.name, &self->old);
     if (rc < 0)
         return rc;
     /* Replacing a file takes no right to write to it: whoever took that right away meant it. */
@@ -69,8 +72,8 @@ int hold_publish_begin(const char *path, hold_publication **out)
     int rc = find_writable_target(self, path);
     if (rc == 0) {
         hold_draft_sweep(&self->place);
-        /* Never more open than the file it replaces, not even while it has a temporary name. */
-        const mode_t mode = self->existed ? self->old.st_mode & 0777 : 0666;
+        /* Never more open than the file it replaces, whose group it does not have yet. */
+        const mode_t mode = self->existed ? self->old.st.st_mode & 0700 : 0666;
         rc = hold_draft_create(&self->place, mode, &self->draft);
     }
     if (rc < 0)
@@ -99,7 +102,7 @@ static int settle(const hold_publication *self, bool durable)
 {
     const int fd = self->draft.fd;
     if (self->existed) {
-        const int rc = hold_file_inherit(fd, &self->old);
+        const int rc = hold_rights_give(fd, &self->old);
         if (rc < 0)
             return rc;
     }
@@ -118,15 +121,17 @@ static int sync_name(const hold_publication *self, bool unnamed)
 static int put_back(const hold_place *place, int old)
 {
     hold_draft copy;
-    struct stat st;
-    int rc = HOLD_RETRY(hold_sys_fstat(old, &st));
+    hold_rights rights;
+    int rc = HOLD_RETRY(hold_sys_fstat(old, &rights.st));
     if (rc == 0)
-        rc = hold_draft_create(place, st.st_mode & 0777, &copy);
+        rc = hold_rights_read(old, NULL, &rights);
+    if (rc == 0)
+        rc = hold_draft_create(place, rights.st.st_mode & 0700, &copy);
     if (rc < 0)
         return rc;
     rc = hold_file_copy(old, copy.fd);
     if (rc == 0)
-        rc = hold_file_inherit(copy.fd, &st);
+        rc = hold_rights_give(copy.fd, &rights);
     if (rc == 0) {
         (void)HOLD_RETRY(hold_sys_fsync(copy.fd));
         rc = hold_draft_rename(&copy, place, true);

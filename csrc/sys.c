@@ -10,6 +10,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 #include "hold.h"
@@ -162,6 +163,16 @@ int hold_sys_fchmod(int fd, mode_t mode)
 int hold_sys_fchown(int fd, uid_t uid, gid_t gid)
 {
     CALL("fchown", int, fchown(fd, uid, gid));
+}
+
+int hold_sys_fsetxattr(int fd, const char *name, const void *value, size_t nbytes)
+{
+    CALL("fsetxattr", int, fsetxattr(fd, name, value, nbytes, 0));
+}
+
+int hold_sys_fremovexattr(int fd, const char *name)
+{
+    CALL("fremovexattr", int, fremovexattr(fd, name));
 }
 
 int hold_sys_fsync(int fd)
@@ -328,6 +339,11 @@ int hold_sys_faccessat(int dirfd, const char *path, int mode, int flags)
 ssize_t hold_sys_readlinkat(int dirfd, const char *path, char *out, size_t nbytes)
 {
     CALL("readlinkat", ssize_t, readlinkat(dirfd, path, out, nbytes));
+}
+
+ssize_t hold_sys_getxattr(const char *path, const char *name, void *out, size_t nbytes)
+{
+    CALL("getxattr", ssize_t, getxattr(path, name, out, nbytes));
 }
 
 int hold_sys_linkat(int olddirfd, const char *oldpath, int newdirfd, const char *newpath,

@@ -50,6 +50,8 @@ int hold_sys_fstat(int fd, struct stat *out);
 int hold_sys_fstatfs(int fd, struct statfs *out);
 int hold_sys_fchmod(int fd, mode_t mode);
 int hold_sys_fchown(int fd, uid_t uid, gid_t gid);
+int hold_sys_fsetxattr(int fd, const char *name, const void *value, size_t nbytes);
+int hold_sys_fremovexattr(int fd, const char *name);
 int hold_sys_fsync(int fd);
 int hold_sys_syncfs(int fd);
 int hold_sys_ftruncate(int fd, off_t nbytes);
@@ -83,6 +85,7 @@ int hold_sys_clone(int out, int in);
 int hold_sys_fstatat(int dirfd, const char *path, struct stat *out, int flags);
 int hold_sys_faccessat(int dirfd, const char *path, int mode, int flags);
 ssize_t hold_sys_readlinkat(int dirfd, const char *path, char *out, size_t nbytes);
+ssize_t hold_sys_getxattr(const char *path, const char *name, void *out, size_t nbytes);
 int hold_sys_linkat(int olddirfd, const char *oldpath, int newdirfd, const char *newpath,
                     int flags);
 int hold_sys_renameat(int olddirfd, const char *oldpath, int newdirfd, const char *newpath);
