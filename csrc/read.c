@@ -41,10 +41,23 @@ typedef struct {
     uint64_t end;
 } stretch;
 
+/* The first segment that has bytes at `offset` or behind it: what lacks them if the file ends there. */
+static int64_t lacking(const reader *r, uint32_t file, uint64_t offset)
+{
+    int64_t found = hold_segments_find(r->segments, r->n, &file, offset);
+    size_t i = found < 0 ? 0 : (size_t)found;
+    while (i + 1 < r->n && (r->segments[i].nbytes == 0 || r->segments[i].file != file ||
+                            r->segments[i].offset + r->segments[i].nbytes <= offset))
+        i++;
+    return (int64_t)i;
+}
+
 static int fail(reader *r, int error, uint32_t file, uint64_t offset)
 {
     if (hold_job_fail(&r->job, error)) {
-        r->report->segment = hold_segments_find(r->segments, r->n, &file, offset);
+        r->report->segment = error == HOLD_ESHORT
+                                 ? lacking(r, file, offset)
+                                 : hold_segments_find(r->segments, r->n, &file, offset);
         r->report->offset = offset;
         r->report->file = file;
     }
@@ -178,7 +191,7 @@ static int fill_buffer(reader *r, const stretch *s, uint64_t begin, uint64_t end
 /* Read pieces, and small gaps between them, to the buffer and place them. Moves *piece past. */
 static int get_buffered(reader *r, const stretch *s, hold_piece *piece, size_t room)
 {
-    char *from;
+    char *from = NULL;
     uint64_t begin = piece->offset, moved = 0;
     if (room > s->end - begin)
         room = (size_t)(s->end - begin);

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import holdfast
+from holdfast import _engine
 from holdfast.errors import FormatError
+from holdfast.layout import SEGMENT
 from holdfast.reader import Reader
 
 FORMATS = ("safetensors", "torch", "torch_legacy")
@@ -48,3 +50,28 @@ def test_cut_before_the_tensors_are_reached(
     with pytest.raises(FormatError, match=r"a: needs \d+ bytes"):
         USES[use](path)
     assert sorted(os.listdir(tmp_path)) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "lacking"),
+    [
+        ([(0, 10), (50, 10)], 1),
+        ([(0, 30), (35, 10), (60, 1)], 1),
+        ([(0, 30), (40, 0), (50, 10)], 2),
+        ([(0, 40), (50, 0), (60, 10)], 2),
+        ([(50, 10), (70, 5)], 0),
+    ],
+)
+def test_what_lacks_its_bytes_is_named(
+    tmp_path: Path, rows: list[tuple[int, int]], lacking: int
+) -> None:
+    """Where the file ends between two that are read in one go, it is the second."""
+    (tmp_path / "x").write_bytes(bytes(40))
+    buffer = _engine.allocate(100)
+    segments = np.zeros(len(rows), SEGMENT)
+    segments["offset"], segments["nbytes"] = zip(*rows, strict=True)
+    segments["address"] = buffer.address + segments["offset"]
+    offset, nbytes = rows[lacking]
+    wanted = f"x: needs {nbytes} bytes at offset {offset}, file ends at 40"
+    with (tmp_path / "x").open("rb") as f, pytest.raises(FormatError, match=wanted):
+        _engine.read([f.fileno()], segments, filenames=["x"])
