@@ -51,32 +51,65 @@ static void signals_of_others(sigset_t *out)
         sigdelset(out, own[i]);
 }
 
+/* Who works for a call. */
+typedef struct {
+    hold_job *job;
+    seat seats[HOLD_MAX_WORKERS];
+    int started;
+    bool over; /* the calling thread has come to the end of its work */
+} crew;
+
+static void start(crew *self, int threads)
+{
+    sigset_t others, old;
+    signals_of_others(&others);
+    pthread_sigmask(SIG_SETMASK, &others, &old);
+    for (; self->started < threads; self->started++) {
+        seat *s = &self->seats[self->started];
+        *s = (seat){.job = self->job, .worker = {.rank = self->started + 1}};
+        if (pthread_create(&s->thread, NULL, enter, s) != 0)
+            break;
+    }
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+/* Wait for all; where the calling thread ends in the midst of it, they are to end as well. */
+static void dismiss(void *argument)
+{
+    crew *self = argument;
+    if (!self->over)
+        hold_job_fail(self->job, HOLD_EABORT);
+    for (int i = 0; i < self->started; i++)
+        pthread_join(self->seats[i].thread, NULL);
+}
+
+/*
+ * A callback that wants Python's lock while the interpreter ends does not return: its thread is ended
+ * by pthread_exit(), and with it the stack on which all this is.
+ */
+static void work_together(crew *self, int threads)
+{
+    pthread_cleanup_push(dismiss, self);
+    if (threads > 0)
+        start(self, threads);
+    work(self->job, &(hold_worker){.rank = 0});
+    self->over = true;
+    pthread_cleanup_pop(true);
+}
+
 int hold_job_run(hold_job *job, size_t first, size_t stop, int workers)
 {
-    seat seats[HOLD_MAX_WORKERS];
-    int started = 0;
+    crew all;
+    all.job = job;
+    all.started = 0;
+    all.over = false;
     atomic_store(&job->next, first);
     job->stop = stop;
     if (workers > HOLD_MAX_WORKERS)
         workers = HOLD_MAX_WORKERS;
     if (workers > 1 && (size_t)workers > stop - first)
         workers = (int)(stop - first);
-    if (workers > 1) {
-        sigset_t others, old;
-        signals_of_others(&others);
-        pthread_sigmask(SIG_SETMASK, &others, &old);
-        for (; started < workers - 1; started++) {
-            seat *s = &seats[started];
-            *s = (seat){.job = job, .worker = {.rank = started + 1}};
-            if (pthread_create(&s->thread, NULL, enter, s) != 0)
-                break;
-        }
-        pthread_sigmask(SIG_SETMASK, &old, NULL);
-    }
-    hold_worker self = {.rank = 0};
-    work(job, &self);
-    for (int i = 0; i < started; i++)
-        pthread_join(seats[i].thread, NULL);
+    work_together(&all, workers - 1);
     return atomic_load(&job->error);
 }
 

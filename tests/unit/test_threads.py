@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -79,3 +81,36 @@ def test_number_of_threads_changes_nothing(tmp_path: Path, threads: int) -> None
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     got = holdfast.load(tmp_path / "a", mmap=False, threads=threads)
     assert all(np.array_equal(got[name], obj[name]) for name in obj)
+
+
+DAEMON = """
+import os, threading, time
+import numpy as np
+from holdfast import _engine
+from holdfast.layout import SEGMENT
+
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.5)
+
+kept = Slow()  # so that the interpreter takes its time to end
+called = threading.Event()
+
+def read():
+    segment = np.zeros(1, SEGMENT)
+    segment["nbytes"] = 1 << 42  # without an address: to nowhere
+    fd = os.open("/dev/zero", os.O_RDONLY)
+    _engine.read([fd], segment, threads=8, checksum=False, progress=lambda done: called.set())
+
+def deep(n):  # more of the stack than is kept for the next thread
+    list(map(lambda _: deep(n - 1), [0])) if n else read()
+
+threading.Thread(target=deep, args=(200,), daemon=True).start()
+assert called.wait(60)
+"""
+
+
+def test_workers_end_with_the_thread_that_called_them() -> None:
+    """A daemon thread is ended while it calls back, by an interpreter that ends."""
+    done = subprocess.run([sys.executable, "-c", DAEMON], timeout=60, check=False)
+    assert done.returncode == 0
