@@ -21,6 +21,10 @@ __all__ = [
 ]
 
 
+cdef extern from "<pthread.h>" nogil:
+    void pthread_exit(void *value)
+
+
 cdef extern from "<stdbool.h>" nogil:
     ctypedef bint boolean "bool"
 
@@ -227,6 +231,10 @@ cdef class Caller:
 
 
 cdef int call_back(void *context, uint64_t done) noexcept nogil:
+    # Daemon threads may outlive the interpreter. What it does with those that it finds is left to do
+    # here then, as nothing of it is there that this one could return to.
+    if not Py_IsInitialized():
+        pthread_exit(NULL)
     with gil:
         return (<Caller>context).call(done)
 
