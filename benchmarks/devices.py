@@ -303,6 +303,9 @@ class _Bench:
             if package := contender.missing():
                 self._skip(contender.name, f"{package} is not installed")
                 continue
+            if contender.cupy and not self.accelerator.real:
+                self._skip(contender.name, "CuPy has no arrays on the host")
+                continue
             path = place / f"{self.workload.name}.{contender.file or 'none'}"
             yield _Entrant(contender, replace(self.job, obj=self._seen(contender), path=path))
 

@@ -83,6 +83,18 @@ def test_everybody_moves_the_right_bytes(
     assert "load" in operation or not list(tmp_path.iterdir())
 
 
+def test_where_there_is_no_device_cupy_has_nothing_to_save(
+    tmp_path: Path, anywhere: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    anywhere.setattr(Contender, "missing", lambda self: "")
+    found, skips = run("device-save", tmp_path, only=frozenset({"holdfast, cupy arrays"}))
+    assert not found
+    assert {(skip.reason, skip.failed) for skip in skips} == {
+        ("CuPy has no arrays on the host", False)
+    }
+
+
 def test_the_sizes_are_those_that_were_asked_for() -> None:
     torch = pytest.importorskip("torch")
     llm, many = (workload.make(0.001, "cpu") for workload in devices.WORKLOADS)
