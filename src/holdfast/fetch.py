@@ -13,7 +13,7 @@ import numpy as np
 
 from . import _engine, ahead, storages
 from ._buffer import Buffer
-from .booleans import BOOL, settle_bytes
+from .booleans import BOOL
 from .dtypes import DTYPES
 from .errors import ChecksumError
 from .folder import Origin
@@ -309,7 +309,9 @@ def move(
         source.move(work, layouts=layouts, checksum=verify, threads=threads, progress=progress)
     else:
         assert not layouts
-        _move_staged(
+        from .staged import move_staged
+
+        move_staged(
             source,
             work,
             devices if order is None else devices[order],
@@ -323,44 +325,9 @@ def move(
         segments["crc"][order] = work["crc"]
 
 
-def _move_staged(
-    source: Origin,
-    segments: np.ndarray,
-    devices: np.ndarray,
-    booleans: np.ndarray | None,
-    settings: Staging | None,
-    *,
-    verify: bool,
-    threads: int,
-    progress: Progress | None,
-) -> None:
-    """Read segments in the order of the files, some into memory of devices."""
-    from . import staging
-
-    done = 0
-    with contextlib.closing(staging.to_device(segments, devices, staging=settings)) as parts:
-        for part in parts:
-            source.move(
-                part.segments,
-                checksum=verify,
-                threads=threads,
-                progress=None if progress is None else bind(_report, progress, done),
-            )
-            done += int(part.segments["nbytes"].sum())
-            if verify:
-                part.join(segments)
-            if booleans is not None:
-                for i in np.flatnonzero(booleans[part.rows]).tolist():
-                    settle_bytes(int(part.segments["address"][i]), int(part.segments["nbytes"][i]))
-
-
 def _move_to(to: Destination, booleans: np.ndarray) -> Callable[..., None]:
     """:func:`move`, to these devices."""
     return bind(move, devices=to.devices, booleans=booleans, staging=to.staging)
-
-
-def _report(progress: Progress, before: int, done: int) -> object:
-    return progress(before + done)
 
 
 def _order(segments: np.ndarray) -> np.ndarray | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,11 +57,15 @@ class Part:
         Of those that are the caller's own memory and not dense.
     rows : ndarray of int64
         Which of the caller's segments each is a piece of.
+    filled : Future or None
+        Of a part that is to go to devices, where other threads are filling it: it goes on its way
+        once they have, and the next one can be asked for before.
     """
 
     segments: np.ndarray
     layouts: list[Layout]
     rows: np.ndarray
+    filled: Future[None] | None = None
 
     def join(self, segments: np.ndarray) -> None:
         """Add the checksums of these pieces to those of the caller's segments.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -52,6 +53,7 @@ class _Ring:
         self.held: list[Block] = []
         self.free: list[Block] = []
         self.flights: list[_Flight] = []
+        self.coming: deque[tuple[Part, Draft, Block]] = deque()  # parts that are being filled
         self.scratches: dict[int, tuple[int, int]] = {}
         self.owners: list[object] = []
         self.no_scratch: set[int] = set()
@@ -143,6 +145,8 @@ class _Ring:
         """Wait for all copies, whatever became of them, and give all memory back."""
         interrupt: BaseException | None = None
         fates: dict[int, str] = {}
+        for part, _, _ in self.coming:
+            interrupt = _unfilled(part) or interrupt
         for flight in self.flights:
             fate, stop = _settle(flight)
             interrupt = interrupt or stop
@@ -160,6 +164,7 @@ class _Ring:
                     POOL.discard(block)
         POOL.trim(self.staging.block_size, self.staging.blocks)
         self.held, self.free, self.flights, self.owners = [], [], [], []
+        self.coming.clear()
         if interrupt is not None:
             raise interrupt
 
@@ -169,8 +174,18 @@ class _Ring:
         """Submit the copies to the host of a part."""
         return self.work.part(draft, block.buffer.address), self._move(draft, block, True)
 
-    def send(self, draft: Draft, block: Block) -> _Flight:
-        """Submit the copies to the devices of a part."""
+    @property
+    def due(self) -> bool:
+        """Whether the first of the parts that are being filled can go on its way at once."""
+        filled = self.coming[0][0].filled if self.coming else None
+        return bool(self.coming) and (filled is None or filled.done())
+
+    def send(self) -> _Flight:
+        """Submit the copies to the devices of the first part that is being filled."""
+        part, draft, block = self.coming[0]
+        if part.filled is not None:
+            part.filled.result()
+        self.coming.popleft()
         return self._move(draft, block, False)
 
     def _move(self, draft: Draft, block: Block, to_host: bool) -> _Flight:
@@ -284,6 +299,17 @@ def _apart(device: Device, copies: np.ndarray, to_host: bool) -> None:
         device.to_device(copies)
 
 
+def _unfilled(part: Part) -> BaseException | None:
+    """Wait, after an error, until nobody fills a part any more; what came from elsewhere then."""
+    interrupt: BaseException | None = None
+    while part.filled is not None and not part.filled.done():
+        try:
+            wait_for([part.filled])
+        except BaseException as error:
+            interrupt = error
+    return interrupt
+
+
 def _settle(flight: _Flight) -> tuple[str, BaseException | None]:
     """Wait for the copies of a block after an error.
 
@@ -382,8 +408,9 @@ def to_device(
     """Parts in the memory of the host, to be filled, which then go to segments on devices.
 
     What was filled is on its way once the next part is asked for; when the generator ends, all
-    of it has arrived. To give up before the end, close the generator (``contextlib.closing``):
-    what is on its way then arrives first.
+    of it has arrived. Where other threads fill a part (:attr:`Part.filled`), the next one may be
+    asked for before they are done. To give up before the end, close the generator
+    (``contextlib.closing``): what is being filled, or on its way, is waited for first.
 
     Parameters
     ----------
@@ -397,12 +424,14 @@ def to_device(
     Yields
     ------
     Part
-        Valid until the next is asked for.
+        Valid until the next is asked for, and as long as others are filling it.
 
     Raises
     ------
     RuntimeError
         A device cannot be used, a copy failed, or this thread is in such a transfer already.
+    Exception
+        What those raised who were filling a part.
     """
     work = Work(segments, devices)
     found = {code: device_for(code) for code in work.codes}
@@ -418,11 +447,19 @@ def _to_device(
     with _Ring(work, staging, devices) as ring:
         going: deque[_Flight] = deque()
         for draft in work.drafts(ring.block_size):
+            while ring.due:
+                going.append(ring.send())
             while (block := ring.take()) is None:
-                ring.wait(going[0])
-                ring.land(going.popleft())
-            yield work.part(draft, block.buffer.address)
-            going.append(ring.send(draft, block))
+                if going:
+                    ring.wait(going[0])
+                    ring.land(going.popleft())
+                else:
+                    going.append(ring.send())
+            part = work.part(draft, block.buffer.address)
+            ring.coming.append((part, draft, block))
+            yield part
+        while ring.coming:
+            going.append(ring.send())
         while going:
             ring.wait(going[0])
             ring.land(going.popleft())
