@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 import holdfast
 import holdfast.torch
-from cuda_tensors import made, raw, same, spread
+from cuda_tensors import Counts, made, raw, same, spread
 
 pytestmark = pytest.mark.usefixtures("copies")
 
@@ -97,6 +98,27 @@ def test_torch_loads_what_is_saved(torch: Any, tmp_path: Path, format: str) -> N
     for location in ("cpu", "cuda:0", {"cuda:0": "cpu"}):
         expected = torch.load(path, map_location=location, weights_only=True)
         alike(holdfast.load(path, location), expected)
+
+
+def test_many_small_tensors_are_few_transfers_and_pickled_as_torch_does(
+    torch: Any, copies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"layers.{i}.weight": made("uint8", (1000 + i % 7,), i) for i in range(2000)}
+    counts = Counts(copies, monkeypatch)
+    holdfast.save(tensors, tmp_path / "ours.pt")
+    assert 0 < counts.rows["to_host"] <= 64
+    assert counts.rows["gather"] >= 1900
+    torch.save(tensors, tmp_path / "theirs.pt")
+    pickles = []
+    for name in ("ours", "theirs"):
+        with zipfile.ZipFile(tmp_path / f"{name}.pt") as archive:
+            found = [each for each in archive.namelist() if each.endswith("/data.pkl")]
+            pickles.append(archive.read(found[0]))
+    assert pickles[0] == pickles[1]
+    same(torch.load(tmp_path / "ours.pt", weights_only=True), tensors)
+    same(holdfast.load(tmp_path / "theirs.pt"), tensors)
+    assert 0 < counts.rows["to_device"] <= 64
+    assert counts.rows["scatter"] >= 1900
 
 
 def test_the_drop_in_saves_as_torch_does(torch: Any, tmp_path: Path) -> None:

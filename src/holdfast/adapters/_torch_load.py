@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,17 @@ from ..dtypes import DType
 from ..layout import QUANTIZED
 from ..views import CONJUGATE, CUDA, NEGATIVE, dense_strides, device_code
 
-__all__ = ["bare", "dataless", "destination", "plain_cpu", "relocates", "restore", "typed", "view"]
+__all__ = [
+    "bare",
+    "dataless",
+    "destination",
+    "plain_cpu",
+    "plain_cuda",
+    "relocates",
+    "restore",
+    "typed",
+    "view",
+]
 
 Restore = Callable[[Any, str], Any]
 
@@ -23,6 +34,18 @@ def plain_cpu() -> bool:
     registry: Any = getattr(serialization, "_package_registry", None)
     own: Any = getattr(serialization, "_cpu_deserialize", None)
     return bool(registry) and registry[0][2] is own
+
+
+def plain_cuda() -> bool:
+    """Whether nobody but PyTorch itself says where storages of CUDA devices are."""
+    registry: Any = getattr(serialization, "_package_registry", None)
+    if not plain_cpu() or len(registry) < 2:
+        return False
+    tagger = registry[1][1]
+    if isinstance(tagger, partial):  # from 2.5 on
+        own = getattr(serialization, "_backend_tag", None)
+        return tagger.func is own and tagger.args == ("cuda",)
+    return tagger is getattr(serialization, "_cuda_tag", partial)
 
 
 def relocates(locations: Sequence[str], location: Any) -> bool:

@@ -9,11 +9,14 @@ from .base import Placed
 class Places:
     keys: list[str]
     storages: list[Any]
+    places: list[str]
+    elsewhere: list[int]
     def __init__(
         self,
         exchange: Exchange | None,
-        place: Callable[[Any], tuple[int, int, tuple[int, ...], tuple[int, ...], bool] | None],
+        place: Callable[[Any], tuple[int, int, tuple[int, ...], tuple[int, ...], bool, int] | None],
         said: Sequence[int],
+        cuda: bool = False,
     ) -> None: ...
     def add(self, tensor: Any) -> Placed | None: ...
     @property

@@ -5,9 +5,10 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Realloc
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int16_t, int64_t, uint16_t, uint64_t, uintptr_t
 
-from holdfast._placed cimport PLACED_MAX_NDIM, Placed, Placer, set_extents
+from holdfast._placed cimport (PARAMETER, PLACED_MAX_NDIM, REQUIRES_GRAD, Placed, Placer,
+                               set_extents)
 from holdfast.adapters._columns cimport View
-from holdfast.adapters._dlpack cimport Exchange, hold_dl_tensor
+from holdfast.adapters._dlpack cimport HOLD_DLPACK_CPU, Exchange, hold_dl_tensor
 
 import numpy as np
 import torch
@@ -18,11 +19,6 @@ __all__ = ["Places"]
 
 cdef extern from "Python.h":
     object PyObject_CallOneArg(object function, object argument)
-
-# Flags of what `add` returns: base.REQUIRES_GRAD and base.PARAMETER.
-cdef enum:
-    REQUIRES_GRAD = 1
-    PARAMETER = 2
 
 cdef uint16_t DENSE = waist.DENSE
 cdef int TYPES = len(dtypes.DTYPES)
@@ -120,13 +116,19 @@ cdef class Places:
     place : callable
         What does where there is none: ``place(tensor)`` returns the code of the dtype, the address
         of the first element (0 where there are no elements), the shape and the strides in
-        elements, and whether gradients are recorded; or None for tensors that this does not
-        say all of.
+        elements, whether gradients are recorded, and the number of the CUDA device (-1: in the
+        memory of the host); or None for tensors that this does not say all of.
     said : sequence of int
         By code of the dtype: what a persistent id says of such elements; -1: they have none.
+    cuda : bool
+        Whether tensors of CUDA devices are placed, too.
 
     Attributes
     ----------
+    places : list of str
+        What persistent ids call the devices that storages are on, other than the host.
+    elsewhere : list of int
+        Rows of the storages on them.
     keys : list of str
         Of the storages, in the order in which they were first seen.
     storages : list
@@ -135,7 +137,9 @@ cdef class Places:
 
     cdef Exchange exchange
     cdef object place
-    cdef readonly list keys, storages
+    cdef readonly list keys, storages, places, elsewhere
+    cdef list numbers  # of the devices that are in `places`
+    cdef bint cuda
     cdef int64_t said[64]
     cdef Table known   # by the address of torch's own structure: the row of a storage
     # By the address of the first byte: what was said of it. Filled once two things are said.
@@ -143,9 +147,10 @@ cdef class Places:
     cdef Row *rows
     cdef size_t room
 
-    def __init__(self, exchange, place, said):
-        self.exchange, self.place = exchange, place
+    def __init__(self, exchange, place, said, bint cuda=False):
+        self.exchange, self.place, self.cuda = exchange, place, cuda
         self.keys, self.storages = [], []
+        self.places, self.elsewhere, self.numbers = [], [], []
         for code in range(TYPES):
             self.said[code] = said[code]
 
@@ -158,9 +163,9 @@ cdef class Places:
         PyMem_Free(self.rows)
 
     def add(self, tensor):
-        """Where a plain tensor lies. See :meth:`.base.Storages.add`."""
+        """Where a plain tensor of the host lies. See :meth:`.base.Storages.add`."""
         cdef Placed at
-        if not self.find(tensor, &at):
+        if not self.find(tensor, &at) or at.place >= 0:
             return None
         return (self.keys[at.row], at.code, at.nbytes, at.offset, extents(at.sizes, at.ndim),
                 extents(at.strides, at.ndim), at.flags)
@@ -173,13 +178,17 @@ cdef class Places:
     cdef bint find(self, object tensor, Placed *at) except -1:
         cdef uint64_t address = 0
         cdef bint requires_grad
+        cdef int number = -1
+        cdef Py_ssize_t seen = len(self.keys)
         if self.exchange is None:
             placed = self.place(tensor)
             if placed is None or len(placed[2]) > PLACED_MAX_NDIM:
                 return False
-            at.code, address, sizes, strides, requires_grad = placed
+            at.code, address, sizes, strides, requires_grad, number = placed
+            if number >= 0 and not self.cuda:
+                return False
             set_extents(at, sizes, strides)
-        elif not self.describe(tensor, at, &address):
+        elif not self.describe(tensor, at, &address, &number):
             return False
         else:
             requires_grad = self.exchange.records(tensor)
@@ -192,20 +201,36 @@ cdef class Places:
             return False  # torch warns that they are not kept
         at.row = self.row_of(storage_of(tensor), self.said[at.code], at.code)
         at.nbytes = self.rows[at.row].nbytes
+        at.place = -1
+        if number >= 0:
+            at.place = self.place_of(number)
+            if at.row == seen:
+                self.elsewhere.append(seen)
         if address != 0:
             at.offset = <int64_t>(address - self.rows[at.row].address) // ITEMSIZES[at.code]
         else:
             at.offset = tensor.storage_offset()
         return True
 
-    cdef bint describe(self, object tensor, Placed *at, uint64_t *address) except -1:
+    cdef int place_of(self, int number) except -1:
+        """Position of a CUDA device among the places."""
+        if number not in self.numbers:  # of which there are few
+            self.numbers.append(number)
+            self.places.append(f"cuda:{number}")
+        return self.numbers.index(number)
+
+    cdef bint describe(
+        self, object tensor, Placed *at, uint64_t *address, int *number
+    ) except -1:
         """What the exchange says of a tensor; the address is 0 where there are no elements."""
         cdef hold_dl_tensor found
-        at.code = self.exchange.look(tensor, &found)
+        at.code = self.exchange.look(tensor, &found, self.cuda)
         if at.code < 0 or found.strides is NULL or found.ndim > PLACED_MAX_NDIM:
             return False
         if found.data is not NULL:
             address[0] = <uintptr_t>found.data + found.byte_offset
+        if found.device.type != HOLD_DLPACK_CPU:
+            number[0] = found.device.id
         at.ndim = found.ndim
         # Copied at once: they are the tensor's own, and anything may happen to it later.
         for axis in range(found.ndim):

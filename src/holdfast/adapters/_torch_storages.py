@@ -11,6 +11,7 @@ import torch
 
 from ..dtypes import BY_NAME, BY_TORCH, DTYPES
 from ..views import CUDA, TensorBatch, device_code
+from . import _torch_load
 from ._dlpack import Exchange
 from ._torch_place import Places
 
@@ -60,9 +61,8 @@ class TorchStorages(Places):
     name = "torch"
 
     def __init__(self, exchange: Exchange | None, *, legacy: bool = False) -> None:
-        super().__init__(exchange, _place, _SAID)
+        super().__init__(exchange, _place, _SAID, _torch_load.plain_cuda())
         self._legacy = legacy
-        self._devices: list[int] = []  # rows of the storages that are not in host memory
         self._classes: set[type] = set()
 
     def persistent(self, obj: Any) -> tuple[Any, ...] | None:
@@ -88,7 +88,7 @@ class TorchStorages(Places):
         device = storage.device.type
         row = self.see(storage, said, code, device != "meta")
         if row == seen and device not in ("cpu", "meta"):
-            self._devices.append(row)
+            self.elsewhere.append(row)
         fake = getattr(obj, "_fake_device", None)
         location = _serialization.location_tag(storage) if fake is None else str(fake)
         pid = ("storage", kind, self.keys[row], location, count)
@@ -102,7 +102,7 @@ class TorchStorages(Places):
         views, dims = self.columns()
         owners = list(self.storages)
         devices = np.zeros(len(owners), np.int32)
-        for row in self._devices:
+        for row in self.elsewhere:
             device = owners[row].device
             if device.type == "cuda" and torch.version.hip is None:
                 devices[row] = device_code(CUDA, device.index)
@@ -139,13 +139,13 @@ class AskedStorages(TorchStorages):
         return
 
 
-def _place(tensor: Any) -> tuple[int, int, tuple[int, ...], tuple[int, ...], bool] | None:
+def _place(tensor: Any) -> tuple[int, int, tuple[int, ...], tuple[int, ...], bool, int] | None:
     """Where a tensor lies, for versions without the DLPack exchange interface."""
     dtype = tensor.dtype
     code = _CODES.get(dtype)
     if (
         code is None
-        or not tensor.is_cpu
+        or not (tensor.is_cpu or (tensor.is_cuda and torch.version.hip is None))
         or tensor.layout is not torch.strided
         or _is_neg(tensor)
         or (dtype.is_complex and _is_conj(tensor))
@@ -156,7 +156,8 @@ def _place(tensor: Any) -> tuple[int, int, tuple[int, ...], tuple[int, ...], boo
         address = tensor.data_ptr() if tensor.numel() else 0
         if not address and tensor.numel():
             return None
-        return code, address, tuple(tensor.shape), _stride(tensor), tensor.requires_grad
+        shape, number = tuple(tensor.shape), -1 if tensor.is_cpu else tensor.get_device()
+        return code, address, shape, _stride(tensor), tensor.requires_grad, number
     except (RuntimeError, NotImplementedError):
         return None  # inside of a function transform: torch says what is wrong with it
 

@@ -36,7 +36,8 @@ Placed = tuple[str, int, int, int, tuple[int, ...], tuple[int, ...], int]
 class Storages(Protocol):
     """The storages of an object's tensors, gathered while it is being pickled around them.
 
-    An attribute ``placer``, where there is one, does in C what :meth:`add` does: see
+    An attribute ``placer``, where there is one, does in C what :meth:`add` does, and of storages on
+    other devices than the host says where they are, as the attribute ``places`` calls it: see
     ``holdfast/_placed.pxd``.
     """
 

@@ -16,10 +16,10 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
-from holdfast._placed cimport Placed, Placer, set_extents
+from holdfast._placed cimport PARAMETER, REQUIRES_GRAD, Placed, Placer, set_extents
 from holdfast.formats._pickle_out cimport (Memo, Output, byte, coded, extent, integer,
                                            long_integer, memo_close, memo_find, memo_open,
-                                           memo_put, raw, real, text)
+                                           memo_put, new_text, raw, real, text)
 
 from ..dtypes import DTYPES
 from ._pickle_reduce import MixedError, batches, reduce_object
@@ -53,11 +53,6 @@ cdef list _FIXED = FIXED_GLOBALS
 cdef list _CLASSES = STORAGE_GLOBALS
 cdef list _DTYPES = DTYPE_GLOBALS
 cdef list _ITEMSIZES = [row.itemsize for row in DTYPES]
-
-# Flags of what Storages.add returns.
-cdef enum:
-    REQUIRES_GRAD = 1
-    PARAMETER = 2
 
 
 cdef class Emitter:
@@ -258,7 +253,11 @@ cdef class Emitter:
         else:
             self.known(UNTYPED)
         self.shared(key)
-        self.shared("cpu")
+        if at.place < 0:
+            self.shared("cpu")
+        else:  # torch makes the names of other devices anew for each
+            new_text(&self.out, (<list>self.first.places)[at.place])
+            self.number()
         extent(&self.out, at.nbytes // <int64_t>_ITEMSIZES[at.code] if typed else at.nbytes)
         if self.legacy:
             byte(&self.out, c"N")

@@ -55,6 +55,13 @@ cdef inline int text(Output *out, bytes data) except -1:
     return raw(out, data, len(data))
 
 
+cdef inline int new_text(Output *out, str value) except -1:
+    """A short text that is nowhere else."""
+    cdef bytes data = value.encode("utf-8")
+    coded(out, c"X", <uint64_t>len(data), 4)
+    return raw(out, data, <size_t>len(data))
+
+
 # -- numbers -------------------------------------------------------------------------------------
 
 cdef inline int integer(Output *out, int64_t value) except -1:

@@ -26,6 +26,7 @@ cdef class Usual:
                     Py_ssize_t memo_room, bint legacy) except -1
     cdef bint storage(self) except -1
     cdef bint key_(self) except -1
+    cdef object short_text(self)
     cdef bint byte(self, int wanted) noexcept
     cdef bint number(self, int width, uint64_t *value) noexcept
     cdef bint integer(self, int64_t *value) noexcept

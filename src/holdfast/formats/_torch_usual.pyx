@@ -13,6 +13,9 @@ from ._torch_table cimport DICT, MAX_NDIM, STORAGE_TYPE
 
 __all__ = []
 
+cdef enum:
+    MAX_NAME = 32
+
 
 cdef class Usual:
     """A plain tensor, as the bytes of a pickle say it."""
@@ -50,8 +53,23 @@ cdef class Usual:
         self.dtype = kind.dtype
         if not self.key_():
             return False
-        self.location = self.get()
+        self.location = self.short_text() if self.byte(0x58) else self.get()
         return type(self.location) is str and self.integer(&self.numel)
+
+    cdef object short_text(self):
+        """The name of a device other than the host's, which torch writes anew each time."""
+        cdef Py_ssize_t length = 0, i
+        cdef uint64_t stated
+        if not self.number(4, &stated) or not 0 < stated <= MAX_NAME or (
+                <Py_ssize_t> stated > self.size - self.pos):
+            return None
+        length = <Py_ssize_t> stated
+        for i in range(length):
+            if not 0x20 <= self.data[self.pos + i] < 0x7F:
+                return None
+        text = (<const char *> self.data + self.pos)[:length].decode("ascii")
+        self.pos += length
+        return text if self.forget() else None
 
     cdef bint key_(self) except -1:
         cdef Py_ssize_t length, i
