@@ -130,6 +130,24 @@ def test_memory_of_the_ring_is_of_its_stream(cupy: Any) -> None:
 
 
 @pytest.mark.parametrize("raw", [False, True])
+def test_a_device_without_room_for_the_table(
+    cupy: Any, absent: pytest.MonkeyPatch, raw: bool
+) -> None:
+    case = cupy_case([(100, 1, 0, 0)] * 40)
+    before, cupy.raw = cupy.cuda.alloc, raw
+
+    def little(nbytes: int) -> object:
+        if nbytes == 40 * 24:
+            raise cupy.cuda.runtime.CUDARuntimeError(2) if raw else MemoryError("Out of memory")
+        return before(nbytes)
+
+    absent.setattr(cupy.cuda, "alloc", little)
+    cupy.log.clear()
+    assert drain(case, case.to_host()) == [content.tobytes() for content in case.content]
+    assert [entry[1] for entry in cupy.log if entry[0] == "memcpy"] == [3] * 40 + [2]
+
+
+@pytest.mark.parametrize("raw", [False, True])
 def test_a_full_device(absent: pytest.MonkeyPatch, raw: bool) -> None:
     cupy = fake_cupy(capacity=1000)
     cupy.raw = raw

@@ -198,13 +198,13 @@ class CupyDevice(Device):
         """Submit copies within the device: one kernel for all."""
         with self._current():
             kernel = self._compiled()
-            if kernel is None:
+            table = _chunks(source, target, nbytes)
+            memory = None if kernel is None else self._take(table.nbytes)
+            if memory is None:  # one by one they need nothing
                 move, kind = self._runtime.memcpyAsync, self._runtime.memcpyDeviceToDevice
                 for row in zip(target.tolist(), source.tolist(), nbytes.tolist(), strict=True):
                     move(*row, kind, self._stream.ptr)
                 return
-            table = _chunks(source, target, nbytes)
-            memory = self._cupy.cuda.alloc(table.nbytes)
             self._kept.append((table, memory))
             self._runtime.memcpyAsync(
                 memory.ptr,
