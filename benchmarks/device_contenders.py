@@ -207,7 +207,7 @@ def torch_copies(accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     finally:
-        staging.release_pinned()
+        # What is pinned stays so, whoever pinned it: all contenders begin with the same.
         staging.register(accelerator.code, usual)
 
 
