@@ -46,8 +46,7 @@ def move_staged(
     See :func:`holdfast.fetch.move`.
     """
     several = (
-        isinstance(source, Source)
-        and source.fd >= 0  # a file object stands at one place
+        not (isinstance(source, Source) and source.fd < 0)  # a file object stands at one place
         and threads != 1
         and int(segments["nbytes"][devices != 0].sum()) >= FILLERS_FROM
     )

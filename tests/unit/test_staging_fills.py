@@ -18,6 +18,7 @@ import device_arrays
 import holdfast
 from device_arrays import put
 from holdfast import ChecksumError, staged, staging
+from holdfast.folder import FolderSource
 from holdfast.source import Source
 from holdfast.staging.base import host_bytes
 from holdfast.staging.host import HostDevice
@@ -200,6 +201,27 @@ def test_loads_are_filled_beside_the_caller(
     target = {key: put(np.zeros_like(value)) for key, value in expected.items()}
     holdfast.load_into(target, tmp_path / "x", threads=threads)
     same(target, expected)
+
+
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("how", [{"max_shard_size": 100_000}, {"format": "oneflow"}])
+def test_folders_are_filled_beside_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    expected = values()
+    holdfast.save(expected, tmp_path / "x", **how)
+    here: list[bool] = []
+    move = FolderSource.move
+
+    def watched(self: FolderSource, segments: Any, **how: Any) -> None:
+        here.append(threading.current_thread() is threading.main_thread())
+        move(self, segments, **how)
+
+    monkeypatch.setattr(FolderSource, "move", watched)
+    found = holdfast.load(tmp_path / "x", "device:0", framework="device", staging=RING)
+    same({name: found[name] for name in expected}, expected)
+    assert len(here) > 10
+    assert not any(here)
 
 
 @pytest.mark.usefixtures("there")
