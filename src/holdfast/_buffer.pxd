@@ -14,6 +14,7 @@ cdef class Buffer:
     cdef hold_buffer *handle
     # Where the memory is, as views.DEVICE has it: 0 for the memory of the host.
     cdef readonly int device
+    cdef readonly object lender
 
     @staticmethod
     cdef Buffer adopt(hold_buffer *handle)

@@ -19,6 +19,8 @@ cdef class Buffer:
     ----------
     device : int
         Where the memory is (:func:`holdfast.views.device_code`); 0 for that of the host.
+    lender : object
+        What keeps memory that ``_engine.lend`` was given; None for all other memory.
     """
 
     def __init__(self):

@@ -59,7 +59,7 @@ def lend(uint64_t address, size_t nbytes, owner, int device):
     check(hold_buffer_lend(<void *>address, nbytes, <void *>owner, let_go, &handle))
     Py_INCREF(owner)
     buffer = Buffer.adopt(handle)
-    buffer.device = device
+    buffer.device, buffer.lender = device, owner
     return buffer
 
 

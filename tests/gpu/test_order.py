@@ -108,6 +108,23 @@ def test_what_is_loaded_can_be_used_on_any_stream(torch: Any, tmp_path: Path) ->
             assert all_are(found, 7)
 
 
+def test_large_tensors_are_of_the_allocator(torch: Any, tmp_path: Path) -> None:
+    """Their memory is not given to others while a stream that was recorded needs it."""
+    holdfast.save({"x": bytes_of(torch, 7)}, tmp_path / "x")
+    torch.cuda.empty_cache()
+    found = holdfast.load(tmp_path / "x", "cuda")["x"]
+    address, other = found.data_ptr(), torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(LONG)
+        sums = found.clone()
+    found.record_stream(other)
+    del found
+    again = bytes_of(torch, 9)
+    assert again.data_ptr() != address
+    torch.cuda.synchronize()
+    assert all_are(sums, 7)
+
+
 def test_threads_with_streams_of_their_own(torch: Any, tmp_path: Path) -> None:
     wrong: list[object] = []
 

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from holdfast import _engine  # noqa: E402
 from holdfast.adapters.torch import TorchAdapter  # noqa: E402
 from holdfast.dtypes import BY_NAME  # noqa: E402
-from holdfast.views import DENSE, VIEW, TensorBatch  # noqa: E402
+from holdfast.views import DENSE, VIEW, TensorBatch, TensorView  # noqa: E402
 
 ADAPTERS = [TorchAdapter(), TorchAdapter(exchange=False)]
 both = pytest.mark.parametrize("adapter", ADAPTERS, ids=["exchange", "portable"])
@@ -371,3 +371,35 @@ class TestDestination:
             assert adapter.destination("cuda:0") == 0
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert adapter.destination("cuda:0") == 0
+
+
+@both
+@pytest.mark.parametrize("dtype", ["float32", "bool", "bfloat16", "complex64", "float8_e4m3fn"])
+def test_what_torch_has_lent_is_its_own_again(adapter: TorchAdapter, dtype: str) -> None:
+    """Of what stands for a whole allocation the storage is that of the allocator, no stranger."""
+    if not hasattr(torch, dtype):
+        pytest.skip(f"torch {torch.__version__} has no {dtype}")
+    row = BY_NAME[dtype]
+    n = row.nbytes((3, 4))
+    whole, shared = torch.ones(n, dtype=torch.uint8), torch.ones(2 * n, dtype=torch.uint8)
+    views = [
+        TensorView(row, (3, 4), whole.data_ptr(), None),
+        TensorView(row, (12,), shared.data_ptr(), None),
+        TensorView(row, (4, 3), shared.data_ptr() + n, None),
+        TensorView(row, (0, 3), 0, None),
+    ]
+    batch = TensorBatch.of(views)
+    lent = [_engine.lend(t.data_ptr(), t.nbytes, t, 0) for t in (whole, shared)]
+    batch.owners, batch.owner = lent, np.array([0, 1, 1, 1])
+    kinds = {0: "parameter"} if row.name in ("float32", "bfloat16", "complex64") else {}
+    first, second, third, empty = adapter.wrap(batch, kinds)
+    assert first.untyped_storage()._cdata == whole.untyped_storage()._cdata
+    assert type(first) is (torch.nn.Parameter if kinds else torch.Tensor)
+    assert not first._is_view() and first.is_leaf
+    for made, shape in ((first, (3, 4)), (second, (12,)), (third, (4, 3)), (empty, (0, 3))):
+        assert (made.dtype, tuple(made.shape)) == (getattr(torch, dtype), shape)
+    assert {second.untyped_storage().nbytes(), third.untyped_storage().nbytes()} == {n}
+    assert second.data_ptr() == shared.data_ptr()
+    before = _engine.live_buffers()
+    del lent, batch, first, second, third, empty, made
+    assert _engine.live_buffers() == before - 2

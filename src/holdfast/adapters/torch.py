@@ -89,6 +89,7 @@ class TorchAdapter:
             tensors = _wrap(batch)
         else:
             tensors = self._exchange.wrap(batch.views, batch.dims, list(batch.owners), batch.owner)
+        _make_own(batch, tensors)
         for i, kind in kinds.items():
             tensors[i] = _with_kind(tensors[i], kind)
         return tensors
@@ -379,6 +380,28 @@ def _wrap(batch: TensorBatch) -> list[torch.Tensor]:
         count = nbytes // DTYPES[code].itemsize
         made.append(torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape))
     return made
+
+
+def _make_own(batch: TensorBatch, tensors: list[Any]) -> None:
+    """Have tensors that are all of what PyTorch's allocator gave be tensors of that allocator.
+
+    ``Tensor.record_stream`` does nothing for others, and processes cannot share them.
+    """
+    buffers: list[Any] = list(batch.owners)
+    lenders = [buffer.lender for buffer in buffers]
+    if not any(isinstance(lender, torch.Tensor) for lender in lenders):
+        return
+    views = batch.views
+    owner = np.zeros(len(batch), np.int64) if batch.owner is None else batch.owner
+    start = np.array([buffer.address for buffer in buffers], np.uint64)[owner]
+    nbytes = np.array([len(buffer) for buffer in buffers], np.uint64)[owner]
+    whole = (views["address"] == start) & (views["nbytes"] == nbytes) & (nbytes > 0)
+    for i in np.flatnonzero(whole).tolist():
+        lender = lenders[int(owner[i])]
+        if isinstance(lender, torch.Tensor) and lender.untyped_storage().nbytes() == nbytes[i]:
+            row, shape = DTYPES[int(views["dtype"][i])], tuple(tensors[i].shape)
+            handle = lender.untyped_storage()
+            tensors[i] = _torch_load.view(handle, _DTYPES[row.code], row, 0, shape, None, 0)
 
 
 def _with_kind(tensor: torch.Tensor, kind: str) -> torch.Tensor:
