@@ -150,6 +150,15 @@ def test_a_call_for_little_uses_what_is_pinned_already() -> None:
         assert device.calls["pin"] == 2
 
 
+def test_blocks_of_another_size_are_given_back_before_more_are_pinned() -> None:
+    with devices() as (device,):
+        case = Case([(9 * BLOCK, 1, 0, 0)])
+        for setting in (SMALL, staging.Staging(2 * BLOCK, 2), SMALL):
+            drain(case, case.to_host(setting))
+            assert sorted(device.pinned.values()) == [setting.block_size] * setting.blocks
+        assert device.calls["pin"] == 8
+
+
 def test_large_calls_pin_by_default() -> None:
     assert ring.PIN_FROM == 64 << 20
     assert ring.SCRATCH_MOST == 64 << 20

@@ -98,6 +98,14 @@ class Pool:
         for block in surplus:
             self.discard(block)
 
+    def only(self, nbytes: int) -> None:
+        """Keep no blocks of other sizes than this: what is pinned is one call's at most."""
+        with self._guard:
+            others = [size for size in self._idle if size != nbytes]
+            surplus = [block for size in others for block in self._idle.pop(size)]
+        for block in surplus:
+            self.discard(block)
+
     def discard(self, block: Block) -> Exception | None:
         """Unpin a block that no copy needs; what went wrong, if anything did."""
         if block.pinned is None:

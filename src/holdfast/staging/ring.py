@@ -114,6 +114,7 @@ class _Ring:
         return block
 
     def _pin(self, block: Block) -> None:
+        POOL.only(self.block_size)
         device = next(iter(self.devices.values()))
         try:
             device.pin(block.buffer)
