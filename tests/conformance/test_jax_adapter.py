@@ -27,11 +27,13 @@ from holdfast.adapters.jax import JaxAdapter, _over  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def wide() -> Iterator[None]:
-    """Elements of 64 bits."""
-    before = jax.config.jax_enable_x64
+    """Elements of 64 bits; arrays on the CPU, wherever JAX would have put them."""
+    before = jax.config.jax_enable_x64, jax.config.jax_default_device
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_default_device", jax.local_devices(backend="cpu")[0])
     yield
-    jax.config.update("jax_enable_x64", before)
+    jax.config.update("jax_enable_x64", before[0])
+    jax.config.update("jax_default_device", before[1])
 
 
 def live() -> int:
@@ -309,7 +311,7 @@ def run(code: str, path: Path, **environ: str) -> str:
     """Run a program of its own, as JAX asks for its devices but once."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, str(path)],
-        env={**os.environ, **environ},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environ},
         capture_output=True,
         text=True,
         timeout=240,

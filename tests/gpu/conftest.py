@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 
 from holdfast import staging
 from holdfast.views import device_code
+
+# Before JAX asks for its devices: by itself it takes three quarters of their memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 HERE = Path(__file__).parent
 CODE = device_code(2, 0)
