@@ -15,6 +15,7 @@ from fake_cupy import fake_cupy
 from holdfast import staging
 from holdfast.staging import registry, ring
 from holdfast.staging import torch as real
+from holdfast.staging.base import COPY
 from staged import BLOCK, CODES, SMALL, Case, drain, fill
 
 actual = pytest.importorskip("torch")
@@ -282,3 +283,37 @@ def test_cupy_s_device_takes_memory_from_torch(torch: Any, monkeypatch: pytest.M
     assert ("empty", 100, 0) in torch.cuda.log
     assert not cupy.state.used
     assert len(buffer) == 100
+
+
+@pytest.mark.parametrize("torch", [True, False], indirect=True, ids=["together", "one by one"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_pieces_anywhere_in_any_order(torch: Any, overlap: bool) -> None:
+    device = real.TorchDevice(0)
+    random = np.random.default_rng(1)
+    memories = [random.integers(0, 256, 5000, np.uint8) for _ in range(4)]
+    rows = [
+        (which, int(start), int(random.integers(1, 90)))
+        for which in range(4)
+        for start in range(0, 4900, 100)
+    ]
+    if overlap:
+        rows += [(0, 150, 100), (0, 100, 5), (2, 0, 5000)]
+    random.shuffle(rows)
+    copies = np.zeros(len(rows), COPY)
+    at = 1 << 20
+    for i, (which, start, n) in enumerate(rows):
+        copies[i] = (memories[which].ctypes.data + start, at, n)
+        at += n + i % 3
+    size = at - (1 << 20)
+    scratch = np.zeros(size, np.uint8)
+    device.gather(copies, scratch.ctypes.data)
+    expected = np.zeros(size, np.uint8)
+    for (which, start, n), here in zip(rows, copies["host"].tolist(), strict=True):
+        expected[here - (1 << 20) :][:n] = memories[which][start : start + n]
+    assert scratch.tobytes() == expected.tobytes()
+    before = [memory.copy() for memory in memories]
+    for memory in memories:
+        memory[:] = 0
+    device.scatter(copies, scratch.ctypes.data)
+    for which, start, n in rows:
+        assert (memories[which][start : start + n] == before[which][start : start + n]).all()

@@ -157,13 +157,34 @@ class TorchDevice(Device):
             target.copy_(source, non_blocking=True)
 
     def _pieces(self, copies: np.ndarray) -> list[Any]:
-        return [self._bytes(there, nbytes) for there, _, nbytes in copies.tolist()]
+        return self._parts(copies["device"].astype(np.int64), copies["nbytes"].astype(np.int64))
 
     def _images(self, copies: np.ndarray, scratch: int) -> list[Any]:
-        rows = copies.tolist()
-        first, (_, last, size) = rows[0][1], rows[-1]
-        image = self._bytes(scratch, last + size - first)
-        return [image[here - first : here - first + nbytes] for _, here, nbytes in rows]
+        places = (copies["host"] - copies["host"][0]).astype(np.int64) + scratch
+        return self._parts(places, copies["nbytes"].astype(np.int64))
+
+    def _parts(self, places: np.ndarray, nbytes: np.ndarray) -> list[Any]:
+        """Pieces of the device's memory as tensors of bytes.
+
+        They are parts of one tensor from the first to the last, whatever is between: to ask torch
+        for each would take ten times as long.
+        """
+        order = np.argsort(places, kind="stable")
+        starts, sizes = places[order], nbytes[order]
+        gaps = starts.copy()
+        gaps[1:] -= starts[:-1] + sizes[:-1]
+        gaps[0] = 0
+        if (gaps < 0).any():  # views of the same memory
+            rows = zip(places.tolist(), nbytes.tolist(), strict=True)
+            return [self._bytes(place, n) for place, n in rows]
+        lengths = np.empty(2 * len(order), np.int64)
+        lengths[0::2], lengths[1::2] = gaps, sizes
+        whole = self._bytes(int(starts[0]), int(lengths.sum()))
+        parts = whole.split_with_sizes(lengths.tolist())[1::2]
+        found: list[Any] = [None] * len(parts)
+        for i, part in zip(order.tolist(), parts, strict=True):
+            found[i] = part
+        return found
 
     def strided(
         self,
