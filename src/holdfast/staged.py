@@ -85,7 +85,12 @@ def move_staged(
     # The transfer is closed first, which waits for what is being filled.
     with ThreadPoolExecutor(FILLERS, "holdfast-fill") as pool, contextlib.closing(coming) as parts:
         for part in parts:
-            part.filled = pool.submit(fill, part)
+            try:
+                part.filled = pool.submit(fill, part)
+            except BaseException:
+                # It may have been taken on all the same, and its block goes to others.
+                pool.shutdown(cancel_futures=True)
+                raise
             filling.append(part)
             finish_filled()
         finish_filled()

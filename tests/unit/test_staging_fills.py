@@ -203,6 +203,37 @@ def test_loads_are_filled_beside_the_caller(
     same(target, expected)
 
 
+def test_a_thread_that_cannot_be_started_leaves_nothing_behind(
+    tmp_path: Path, there: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = values()
+    holdfast.save(expected, tmp_path / "x")
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def limited(self: threading.Thread) -> None:
+        if self.name.startswith("holdfast-fill"):
+            started.append(self)
+            if len(started) == 2:
+                raise RuntimeError("can't start new thread")
+        start(self)
+
+    move = Source.move
+
+    def slow(self: Source, segments: Any, **how: Any) -> None:
+        time.sleep(0.01)
+        move(self, segments, **how)
+
+    monkeypatch.setattr(Source, "move", slow)
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    to = {"map_location": "device:0", "framework": "device", "staging": RING}
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        holdfast.load(tmp_path / "x", **to)
+    assert not started[0].is_alive()
+    assert not there.busy(0, 1 << 62)
+    same(holdfast.load(tmp_path / "x", **to), expected)
+
+
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("how", [{"max_shard_size": 100_000}, {"format": "oneflow"}])
 def test_folders_are_filled_beside_the_caller(
