@@ -11,7 +11,8 @@ import pytest
 
 from conformance.test_adapters import TorchSuite, batch_of
 from holdfast import _engine
-from holdfast.views import TensorBatch, device_code
+from holdfast.dtypes import BY_NAME
+from holdfast.views import TensorBatch, TensorView, device_code
 
 CODE = device_code(2, 0)
 
@@ -34,7 +35,8 @@ class TestTorchCuda(TorchSuite):
         lent = []
         for i, buffer in enumerate(host.owners):
             held = self.torch.from_numpy(np.frombuffer(memoryview(buffer), np.uint8).copy()).cuda()
-            there = _engine.lend(held.data_ptr(), len(buffer), held, CODE)
+            # As a stranger's: what PyTorch itself has lent becomes its own again.
+            there = _engine.lend(held.data_ptr(), len(buffer), [held], CODE)
             mine = slice(None) if host.owner is None else host.owner == i
             # An unsigned column: what it is moved by may be less than nothing.
             shift = (there.address - buffer.address) % 2**64
@@ -138,6 +140,20 @@ class TestTorchCuda(TorchSuite):
             if ours[i].nbytes:
                 assert ours[i] == theirs[i]
                 assert ours.devices[i] == theirs.devices[i]
+
+    def test_what_torch_has_lent_is_its_own_again(self) -> None:
+        held = self.torch.arange(24, dtype=self.torch.uint8, device="cuda")
+        start = self.live()
+        lent = _engine.lend(held.data_ptr(), 24, held, CODE)
+        row = TensorView(BY_NAME["float32"], (2, 3), held.data_ptr(), None)
+        batch = TensorBatch.of([row])
+        batch.owners = [lent]
+        tensor = self.adapter.wrap(batch, {})[0]
+        del lent, batch
+        assert self.live() == start
+        assert (tensor.dtype, tuple(tensor.shape)) == (self.torch.float32, (2, 3))
+        assert tensor.untyped_storage()._cdata == held.untyped_storage()._cdata
+        assert self.data(tensor) == bytes(range(24))
 
     def test_destinations(self) -> None:
         torch = self.torch
