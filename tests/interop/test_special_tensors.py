@@ -93,10 +93,14 @@ def sparse() -> list[Any]:
         dense.to_sparse_csc(),
         dense.to_sparse_bsr((2, 2)),
         dense.to_sparse_bsc((2, 2)),
+        dense.flatten().to_sparse(),
+        torch.arange(120.0).reshape(2, 3, 4, 5).to_sparse(),
+        torch.arange(120.0).reshape(5, 4, 6).to_sparse(2),
+        torch.arange(120.0).reshape(5, 4, 6).to_sparse(1),
     ]
 
 
-@pytest.mark.parametrize("which", range(7))
+@pytest.mark.parametrize("which", range(11))
 def test_sparse(which: int) -> None:
     tensor = sparse()[which]
     found = load({"w": tensor})["w"]
@@ -230,6 +234,7 @@ STORAGE = (torch.zeros(16, dtype=torch.uint8).untyped_storage(), "QInt8Storage")
 AFFINE = (torch.per_tensor_affine, 0.5, 0)
 CHANNELS = (torch.per_channel_affine, [1.0, 2.0], [0, 0])
 INDICES = torch.tensor([[0, 5], [0, 0]])
+LATE = torch.tensor([[0, 1, 2, 2], [5, 5, 5, 4]])  # out of order only at the end
 HUGE = torch.zeros(1).expand(1 << 20, 1 << 20)
 FLOATS = torch.zeros(8)._typed_storage() if hasattr(torch.Tensor, "_typed_storage") else None
 WILD: list[tuple[str, tuple[Any, ...]]] = [
@@ -250,6 +255,8 @@ WILD: list[tuple[str, tuple[Any, ...]]] = [
     ("_rebuild_sparse_tensor", (torch.sparse_coo, (INDICES, torch.ones(2), (1 << 40, 1 << 40)))),
     ("_rebuild_sparse_tensor", (torch.sparse_coo, (INDICES.flip(1), torch.ones(2), (9, 9), True))),
     ("_rebuild_sparse_tensor", (torch.sparse_coo, (INDICES * 0, torch.ones(2), (9, 9), True))),
+    ("_rebuild_sparse_tensor", (torch.sparse_coo, (LATE, torch.ones(4), (9, 9), True))),
+    ("_rebuild_sparse_tensor", (torch.sparse_coo, (LATE[:1], torch.ones(4), (9,), True))),
     ("_rebuild_sparse_tensor", (torch.sparse_coo, (INDICES, torch.ones(2), (9, 9), 1))),
     ("_rebuild_sparse_tensor", (torch.sparse_coo, (INDICES.float(), torch.ones(2), (9, 9)))),
     ("_rebuild_sparse_tensor", (torch.sparse_coo, ("indices", "values", (9, 9)))),

@@ -166,16 +166,16 @@ def _coo(data: tuple[Any, ...]) -> torch.Tensor:
             if low < 0 or high >= extent:
                 raise ValueError(f"index {low if low < 0 else high} of an extent of {extent}")
     if coalesced:
-        _ascending(indices, size)
+        _ascending(indices)
     made: torch.Tensor = _unchecked(torch.sparse_coo_tensor, indices, values, size)
     return made._coalesced_(coalesced) if coalesced is not None else made
 
 
-def _ascending(indices: torch.Tensor, size: tuple[int, ...]) -> None:
+def _ascending(indices: torch.Tensor) -> None:
     """Raise ValueError unless the columns of `indices` ascend, each one once."""
     before = torch.zeros(max(indices.shape[1] - 1, 0), dtype=torch.bool)
     equal = ~before
-    for row in indices[:, : len(size)]:
+    for row in indices:
         before |= equal & (row[:-1] < row[1:])
         equal &= row[:-1] == row[1:]
     if not bool(before.all()):
