@@ -20,6 +20,7 @@ _MAX_EQUAL_HASHES = 32
 
 _HEX_INT = re.compile(r"-?0x[0-9a-f]+")
 _HEX_FLOAT = re.compile(r"[0-9a-f]{16}")
+_HASHING = frozenset({"set", "frozenset", *MAPPINGS})
 _LITERALS = frozenset({type(None), bool, int, str})
 
 
@@ -29,6 +30,17 @@ def _check_hashes(keys: Sequence[Any]) -> None:
         ((value, count),) = Counter(map(hash, keys)).most_common(1)
         if count > _MAX_EQUAL_HASHES:
             raise ValueError(f"{count} keys with the same hash {value}")
+
+
+def _hashes(node: list[Any], items: list[Any]) -> bool:
+    """Whether what comes next into a node, behind `items`, is a key or the member of a set."""
+    tag = node[0]
+    if tag not in _HASHING:
+        return False
+    skip = MAPPINGS.get(tag)
+    if skip is None:
+        return True
+    return len(items) >= skip and (len(items) - skip) % 2 == 0
 
 
 def _expect(items: list[Any], *kinds: type) -> list[Any]:
@@ -80,7 +92,7 @@ class Decoder:
         self._known: dict[str | None, dict[int, Any]] = {}
         self._blobs: dict[tuple[str, int], Any] = {}
         self._left = len(names)
-        self._stack: list[tuple[list[Any], int, list[Any]]] = []
+        self._stack: list[tuple[list[Any], int, list[Any], bool]] = []
         self._ask = tensors if callable(tensors) else None
         self._tensors: Sequence[Any] = () if callable(tensors) else tensors
 
@@ -90,6 +102,7 @@ class Decoder:
         node: list[Any] = [None, tree]
         items: list[Any] = []
         at = 1
+        hashed = False  # whether the node is in a key, or in a member of a set
         while True:
             if at == len(node):
                 if not stack:
@@ -100,7 +113,7 @@ class Decoder:
                     raise
                 except Exception as error:
                     raise self._bad(f"{node[0]!r}: {error}") from error
-                node, at, items = stack.pop()
+                node, at, items, hashed = stack.pop()
                 items.append(value)
                 continue
             child = node[at]
@@ -113,13 +126,14 @@ class Decoder:
                 items.append(child)
                 continue
             head = child[0] if child else None
-            stack.append((node, at, items))
+            stack.append((node, at, items, hashed))
             if type(head) is int:
-                self._put_tensors(node, items, child)
+                self._put_tensors(node, items, child, hashed)
                 stack.pop()
             elif type(head) is str:
                 if len(stack) > MAX_ARRAYS:
                     raise self._bad(f"more than {MAX_ARRAYS} levels deep")
+                hashed = hashed or _hashes(node, items)
                 node, at, items = child, 1, []
                 if len(child) > 16 and _LITERALS.issuperset(map(type, child)):
                     items, at = child[1:], len(child)
@@ -127,16 +141,20 @@ class Decoder:
                 raise self._bad("an array that starts with neither a tag nor a position")
 
     def _bad(self, what: str, at: int | None = None) -> FormatError:
-        steps = [index - 1 for _, index, _ in self._stack[1:]]
+        steps = [index - 1 for _, index, _, _ in self._stack[1:]]
         if at is not None and self._stack:
             steps.append(at)
         where = "".join(f"[{step}]" for step in steps)
         return FormatError(f"{self._name}: tree{where}: {what[:200]}")
 
-    def _put_tensors(self, node: list[Any], items: list[Any], child: list[Any]) -> None:
+    def _put_tensors(
+        self, node: list[Any], items: list[Any], child: list[Any], hashed: bool
+    ) -> None:
         """Append a tensor to the items of `node`, or the keys and values of a run."""
         size = len(child)
         if size == 1 or (size == 2 and type(child[1]) is str):
+            if hashed or _hashes(node, items):
+                raise self._bad("a tensor as a key or as a member of a set")
             position = child[0]
             if not 0 <= position < len(self._names):
                 raise self._bad(f"tensor {position}, but the file has {len(self._names)}")

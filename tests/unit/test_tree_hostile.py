@@ -60,6 +60,11 @@ def decode(tree: Any, names: list[str] = NAMES) -> Any:
         (["dict", "a", 1, "a", 2], ": 'dict': two equal keys"),
         (["dict", 1, 1, True, 2], ": 'dict': two equal keys"),
         (["dict", "a"], ": 'dict': a key without a value"),
+        (["dict", [0], 1], "[1]: a tensor as a key or as a member of a set"),
+        (["defaultdict", None, "k", 1, ["tuple", [0]], 1], "[4][1]: a tensor as a key"),
+        (["state_dict", [0], ["frozenset", 1, [1, "kind"]], 1], "[2][2]: a tensor as a key"),
+        (["list", ["set", ["tuple", 1, ["tuple", [0]]]]], "[1][1][2][1]: a tensor as a key"),
+        (["dict", ["bytes", [0]], 1], "[1][1]: a tensor as a key"),
         (["dict", ["list"], 1], ": 'dict': unhashable type: 'list'"),
         (["list", ["set", ["dict"]]], "[1]: 'set': unhashable type: 'dict'"),
         (["set", 1, 1], ": 'set': two equal members"),
@@ -184,8 +189,8 @@ def test_paths_of_ties_are_bounded() -> None:
 
 def test_walk_sees_every_tensor_that_decoding_asks_for() -> None:
     trees = [
-        ["dict", [0], ["list", [1]], "k", [2, "kind"]],
-        ["dict", ["tuple", [0]], [1], [2, 1, 0]],
+        ["dict", "j", ["list", [1]], "k", [2, "kind"], [0], 1],
+        ["dict", ["tuple", 0], [1], [2, 1, 0], ["tuple", [0]], 1],
         ["defaultdict", None, [0, 2, 0], "k", ["bytes", [2]]],
         ["state_dict", ["dict", [0, 1, 0]], ["set", [1]], 1, "k", [2]],
         ["deque", None, [0], ["slice", [1], None, [2]]],
