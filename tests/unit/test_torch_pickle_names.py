@@ -28,6 +28,7 @@ from pickle_files import (
     simple,
     text,
 )
+from patience import within
 
 # -- names ---------------------------------------------------------------------------------------
 
@@ -102,6 +103,10 @@ def test_names_of_hostile_objects_take_bounded_time_and_memory() -> None:
         + b"u"
     )
     assert read(long).names.tolist() == ["k" * 60_000 + ".0"]
+    key = items(number(1), items(text('"' * 500_000))) + b"q\x00"
+    many = read(b"](" + key + b"0" + b"}h\x00Ns" * 5000 + b"}h\x00" + simple() + b"s" + b"e")
+    with within(3):
+        assert many.names.tolist() == ["5000." + r'[1, ["' + r"\"" * 97]
 
 
 # -- the older containers ------------------------------------------------------------------------

@@ -9,6 +9,9 @@ cdef enum:
     # Keys that are tuples: members in all, and levels.
     KEY_MEMBERS = 10000
     KEY_LEVELS = 64
+    # Members of all such keys, each time that one is hashed: at least, and for each byte.
+    KEYS = 4194304
+    KEYS_PER_BYTE = 8
     # Keys of one hash in a dict of more than so many items.
     CROWD = 1000
 
@@ -28,6 +31,7 @@ cdef class Stack:
     cdef PyObject **memo
     cdef Py_ssize_t memo_room, memo_next
     cdef dict hashes
+    cdef int64_t hashed  # members of keys
 
     cdef object fault(self, str text)
     cdef int grow(self) except -1

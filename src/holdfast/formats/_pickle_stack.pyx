@@ -274,6 +274,10 @@ cdef class Stack:
             if levels > KEY_LEVELS or members > KEY_MEMBERS:
                 raise self.fault("a key of too many members or levels")
             level = [child for item in level for child in item if isinstance(child, tuple)]
+        # A few bytes have one key hashed once more, and Python does not keep the hash of a tuple.
+        self.hashed += members
+        if self.hashed > KEYS + KEYS_PER_BYTE * <int64_t> (self.size - self.begin):
+            raise self.fault("keys that have too many members in all")
         return 0
 
     cdef int set_item(self, object target, object key, object value) except -1:

@@ -17,6 +17,8 @@ ROOT = "tensor"
 #: a program wrote do not nest so deep, as it would have needed the stack for it.
 MAX_LEVELS = 1000
 MAX_TEXT = 1 << 16
+#: Characters of a key that is no str.
+_MAX_KEY = 200
 
 _CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset, Record)
 _ATTRIBUTES = ("_parameters", "_buffers", "_modules")
@@ -211,13 +213,26 @@ def _items(mapping: dict[Any, Any]) -> Iterator[_Child]:
     return ((key if type(key) is str else _text(key), child) for key, child in mapping.items())
 
 
+def _start(key: Any, room: list[int]) -> Any:
+    """What of a key the first characters of its JSON show; `room` of them are left.
+
+    One key of any length can stand in very many dicts.
+    """
+    room[0] -= 1
+    if type(key) is str:
+        return key[:_MAX_KEY]
+    if type(key) is not tuple:
+        return key
+    return [_start(item, room) for item in key[:_MAX_KEY] if room[0] > 0]
+
+
 def _text(key: Any) -> str:
     """A key as it stands in a path."""
     if type(key) is str:
         return key
     if key is None or type(key) in (bool, int, float, tuple):
         try:
-            return json.dumps(key)[:200]
+            return json.dumps(_start(key, [_MAX_KEY]))[:_MAX_KEY]
         except (TypeError, ValueError, RecursionError):
             pass
     return brief(key)
