@@ -21,7 +21,7 @@ ATTACKS = Path(__file__).parents[1] / "attacks"
 
 #: What is a legal pickle, if an odd one: it may load, and must not harm.
 LEGAL = {
-    *("bomb-deep-lists", "bomb-deep-tuples", "bomb-laughs"),
+    *("bomb-deep-lists", "bomb-deep-tuples", "bomb-laughs", "bomb-slow-long"),
     *("bomb-self-dict", "bomb-self-list", "bomb-self-tuple"),
     "wild-dtype-of-all",  # sets the byte order of a copy
 }

@@ -109,6 +109,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "bytes huge": (b"\x8e" + b"\x00" * 7 + b"\x7f.", "more bytes"),
     "bytearray huge": (b"\x96" + b"\x00" * 7 + b"\x7f.", "more bytes"),
     "frame huge": (b"\x80\x04\x95" + b"\xff" * 8 + b"N.", "more bytes"),
+    "long": (b"\x8b\x01\x04\0\0" + b"\x7f" * 1025 + b".", "an integer of 1025 bytes"),
     "long huge": (b"\x8b\xff\xff\xff\x7f.", "an integer of 2147483647 bytes"),
     "long negative": (b"\x8b\xff\xff\xff\xff.", "an integer of 4294967295 bytes"),
     "long line": (b"L" + b"9" * 3000 + b"L\n.", "not a decimal number"),

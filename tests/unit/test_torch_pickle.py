@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import OrderedDict
 
 import pytest
@@ -434,3 +435,17 @@ def test_numbers_of_tensors_are_checked_when_the_object_is_made() -> None:
     found = read(items(simple("0"), simple("1")))
     with pytest.raises(FormatError, match="no tensor was given for entry 1"):
         found.structure.replay(["T0"], Storage, Book())
+
+
+def test_long_integers_are_values_and_no_keys() -> None:
+    value = -(2**200_000)
+    long = pickle.dumps(value, 2)[2:-1]
+    assert replay(read(pairs({"seen": long, "again": items(long)}))) == {
+        "seen": value, "again": (value,),
+    }  # fmt: skip
+    with pytest.raises(FormatError, match="more than 1024 bytes as a key"):
+        read(b"}" + long + NONE + b"s")
+    with pytest.raises(FormatError, match="more than 1024 bytes as a key"):
+        read(b"\x8f(" + items(NONE, items(long)) + b"\x90")
+    with pytest.raises(FormatError, match="an integer of 1048577 bytes, more than 1048576"):
+        read(b"\x8b\x01\x00\x10\x00" + bytes(1048577))

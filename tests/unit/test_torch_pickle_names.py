@@ -12,6 +12,7 @@ import pickle_files as files
 from holdfast.dtypes import BY_NAME
 from holdfast.errors import FormatError
 from holdfast.formats._torch_pickle import Pickled, read_object
+from patience import within
 from pickle_files import (
     FALSE,
     NONE,
@@ -28,7 +29,6 @@ from pickle_files import (
     simple,
     text,
 )
-from patience import within
 
 # -- names ---------------------------------------------------------------------------------------
 

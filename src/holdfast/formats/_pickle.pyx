@@ -15,7 +15,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.string cimport memcpy
 
 from ._inert cimport Global, Storage, Tensor, brief
-from ._pickle_stack cimport INTEGER, LINE, Stack
+from ._pickle_stack cimport KEY_INTEGER, LINE, Stack
 
 from ._garbage import uncollected
 from ._inert import shorten
@@ -272,7 +272,7 @@ cdef class Machine(Stack):
             return text == "01"
         digits = text.removesuffix("L") if op == 0x4C else text
         bare = digits.removeprefix("-")
-        if not (bare.isascii() and bare.isdigit()) or len(bare) > 2 * INTEGER:
+        if not (bare.isascii() and bare.isdigit()) or len(bare) > 2 * KEY_INTEGER:
             raise self.fault(f"{brief(text)} is not a decimal number of at most 2048 digits")
         return int(digits)
 
@@ -342,5 +342,6 @@ def read_plain(data, Py_ssize_t start=0, *, str name, str where="", int64_t base
         Not a pickle, or one of anything else.
     """
     cdef _Plain machine = _Plain(data, start, name, where, base)
+    machine.longest = KEY_INTEGER  # messages write out what is not expected
     obj = machine.run()
     return obj, machine.pos

@@ -3,9 +3,11 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 
 cdef enum:
-    # Longest line of text (names of globals, decimal numbers) and longest integer, in bytes.
+    # Longest line of text (names of globals, decimal numbers), longest integer of an object, and
+    # longest one that is a key or stands in a table, in bytes.
     LINE = 4096
-    INTEGER = 1024
+    INTEGER = 1048576
+    KEY_INTEGER = 1024
     # Keys that are tuples: members in all, and levels.
     KEY_MEMBERS = 10000
     KEY_LEVELS = 64
@@ -32,6 +34,8 @@ cdef class Stack:
     cdef Py_ssize_t memo_room, memo_next
     cdef dict hashes
     cdef int64_t hashed  # members of keys
+    cdef uint64_t longest  # of integers, in bytes
+    cdef bint giants  # whether there was an integer that is too long for a key
 
     cdef object fault(self, str text)
     cdef int grow(self) except -1
@@ -49,6 +53,7 @@ cdef class Stack:
     cdef int get(self, uint64_t index) except -1
     cdef int long_(self, uint64_t nbytes) except -1
     cdef int check_key(self, object target, object key) except -1
+    cdef int check_integer(self, object key) except -1
     cdef int check_tuple(self, object key) except -1
     cdef int set_item(self, object target, object key, object value) except -1
     cdef int set_items(self, Py_ssize_t start) except -1

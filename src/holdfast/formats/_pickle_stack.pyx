@@ -75,6 +75,7 @@ cdef class Stack:
         self.where = where
         self.base = base
         self.hashes = {}
+        self.longest = INTEGER
 
     def __dealloc__(self):
         cdef Py_ssize_t i
@@ -189,8 +190,10 @@ cdef class Stack:
             raise self.fault("a line that is not UTF-8") from error
 
     cdef int long_(self, uint64_t nbytes) except -1:
-        if nbytes > INTEGER:
-            raise self.fault(f"an integer of {nbytes} bytes, more than {INTEGER}")
+        if nbytes > self.longest:
+            raise self.fault(f"an integer of {nbytes} bytes, more than {self.longest}")
+        if nbytes > KEY_INTEGER:
+            self.giants = True
         self.need(nbytes)
         text = PyBytes_FromStringAndSize(<const char *> self.data + self.pos, <Py_ssize_t> nbytes)
         self.pos += <Py_ssize_t> nbytes
@@ -248,6 +251,8 @@ cdef class Stack:
             return 0
         if isinstance(key, tuple):
             self.check_tuple(key)
+        elif kind is int:
+            self.check_integer(key)
         try:
             value = hash(key)
         except TypeError as error:
@@ -262,6 +267,12 @@ cdef class Stack:
                     raise self.fault(f"more than {CROWD} keys have one hash")
         return 0
 
+    cdef int check_integer(self, object key) except -1:
+        # Python hashes it anew each time, and would take long to write it out for a path.
+        if self.giants and type(key) is int and key.bit_length() > 8 * KEY_INTEGER:
+            raise self.fault(f"an integer of more than {KEY_INTEGER} bytes as a key")
+        return 0
+
     cdef int check_tuple(self, object key) except -1:
         """Refuse a tuple whose hash would take long, or recurse deeply."""
         cdef Py_ssize_t members = 0
@@ -271,6 +282,9 @@ cdef class Stack:
             levels += 1
             for item in level:
                 members += len(item)
+                if self.giants and members <= KEY_MEMBERS:
+                    for child in item:
+                        self.check_integer(child)
             if levels > KEY_LEVELS or members > KEY_MEMBERS:
                 raise self.fault("a key of too many members or levels")
             level = [child for item in level for child in item if isinstance(child, tuple)]
