@@ -215,6 +215,10 @@ def load(
     FormatError
         The bytes are not those of a sound file; ChecksumError where it is a checksum; UnsafeError
         where a pickle asks for what is not allowed. The message names the tensor, or what to pass.
+    TypeError
+        What comes back cannot hold what the file has, such as bfloat16 without ml_dtypes.
+    RuntimeError
+        The device that torch's tensors were on, or are wanted on, is not there; in torch's words.
     FileNotFoundError, IsADirectoryError, PermissionError, OSError
         Of the system.
     KeyError

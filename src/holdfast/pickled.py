@@ -7,6 +7,7 @@ storages, and whose objects are pickles rather than trees.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,7 +198,8 @@ class PickleAssembler:
             return
         assert self._batch.storages is not None
         locations = self._index.locations
-        with self._blamed():
+        # What the caller's own function raises is nothing that the file has to answer for.
+        with nullcontext() if callable(self._location) else self._blamed():
             handles = self._adapter.wrap_storages(
                 self._batch.storages.rows(missing),
                 [locations[row] if locations else "cpu" for row in missing],
@@ -372,3 +374,5 @@ class _Blame:
             raise FormatError(f"{self._name}: {error}") from error
         if isinstance(error, TypeError):
             raise TypeError(f"{self._name}: {error}") from error
+        if kind is RuntimeError:  # of torch, which lacks the device that a storage was on, say
+            raise RuntimeError(f"{self._name}: {error}") from error

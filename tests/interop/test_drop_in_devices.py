@@ -7,10 +7,13 @@ import pickle
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+
+import holdfast
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -119,13 +122,27 @@ def test_what_a_callable_returns_is_used(pair: Any) -> None:
     assert [t.untyped_storage().data_ptr() for t in got] == [s.data_ptr() for s in mine]
 
 
-def test_errors_of_a_callable_come_through(impl: Any, zipped: bool) -> None:
+@pytest.mark.parametrize("kind", [ArithmeticError, ValueError, TypeError, RuntimeError])
+def test_errors_of_a_callable_come_through(impl: Any, zipped: bool, kind: type[Exception]) -> None:
+    mine = kind("mine")
+
     def place(storage: Any, location: str) -> Any:
-        raise ArithmeticError("mine")
+        raise mine
 
     file = saved(impl, torch.ones(3), _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ArithmeticError, match="mine"):
+    with pytest.raises(kind, match="mine") as caught:
         impl.load(file, map_location=place)
+    assert caught.value is mine
+
+
+def test_a_device_that_is_not_there_names_the_file(zipped: bool, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    path = tmp_path / "cuda.pt"
+    impl = SimpleNamespace(save=torch.save, name="torch")
+    path.write_bytes(from_device(impl, torch.ones(3), "cuda:0", zipped).getvalue())
+    with pytest.raises(RuntimeError, match=r"cuda\.pt: Attempting to deserialize object on a CUDA"):
+        holdfast.load(path)
 
 
 def test_packages_are_asked_for_their_devices(impl: Any, registry: Any, zipped: bool) -> None:
