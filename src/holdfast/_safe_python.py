@@ -57,10 +57,8 @@ def _builtins(made: Table) -> None:
     made.function("_codecs", "encode", _encode)
     made.kind(_BUILTINS, "bytes", bytes, _bytes, _bytes)
     made.kind(_BUILTINS, "bytearray", bytearray, _bytearray, _bytearray)
-    made.kind(_BUILTINS, "set", set, lambda args, making: set(_items(args, making)))
-    made.kind(
-        _BUILTINS, "frozenset", frozenset, lambda args, making: frozenset(_items(args, making))
-    )
+    made.kind(_BUILTINS, "set", set, _members(set))
+    made.kind(_BUILTINS, "frozenset", frozenset, _members(frozenset))
     made.kind(_BUILTINS, "complex", complex, _complex, _complex)
     made.kind(_BUILTINS, "slice", slice, _slice)
     made.kind("builtins", "range", range, _range)
@@ -99,7 +97,17 @@ def _bytes(args: tuple[Any, ...], making: Making) -> bytes:
 
 
 def _bytearray(args: tuple[Any, ...], making: Making) -> bytearray:
-    return bytearray(_bytes(args, making))
+    made = bytearray(_bytes(args, making))
+    making.copy(made, len(made))
+    return made
+
+
+def _members(kind: type) -> Any:
+    def make(args: tuple[Any, ...], making: Making) -> Any:
+        found = kind(_items(args, making))
+        return making.copy(found, 64 * len(found))
+
+    return make
 
 
 def _items(args: tuple[Any, ...], making: Making) -> Any:
@@ -315,9 +323,12 @@ def _paths(made: Table) -> None:
     }
 
     def path(kind: type[pathlib.PurePath]) -> Any:
-        def make(args: tuple[Any, ...], _: Making) -> pathlib.PurePath:
-            if not all(type(part) is str and "\0" not in part for part in args):
-                raise TypeError("expected texts without NUL")
+        def make(args: tuple[Any, ...], making: Making) -> pathlib.PurePath:
+            making.copies(args, 1024 * len(args))
+            for part in args:
+                if type(part) is not str or "\0" in part:
+                    raise TypeError("expected texts without NUL")
+                making.copies(part, 32 * len(part))  # a path may be made of its parts
             return kind(*args)
 
         return make

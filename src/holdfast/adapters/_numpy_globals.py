@@ -27,6 +27,7 @@ _MAX_PARTS = 1 << 14
 _MAX_NDIM = 64
 #: Greatest element of an array without elements, for which NumPy allocates one all the same.
 _MAX_EMPTY = 1 << 24
+_SMALL_EMPTY = 1 << 12
 #: What np.dtype is given for the types that are not records: kind and size, in its own words.
 _CODE = re.compile(
     r"[|<>=]?(?:b1|[iu][1248]|f(?:2|4|8|12|16)|c(?:8|16|24|32)|[SUV][0-9]{1,10}|[mM]8|O8?)"
@@ -225,6 +226,7 @@ def _record(
     names, fields = state[3:5]
     if type(names) is not tuple or type(fields) is not dict:
         raise TypeError("the names or the fields of a record")
+    making.copies(fields, 256 * len(names))
     formats: list[Any] = []
     offsets: list[int] = []
     titles: list[str | None] = []
@@ -314,8 +316,11 @@ def _elements(
         if not objects or dtype.kind != "O":
             raise ValueError(f"references to Python objects in {dtype}")
         return count
-    if count == 0 and dtype.itemsize > _MAX_EMPTY:
-        raise ValueError(f"an element of {dtype.itemsize} bytes")
+    if count == 0:
+        if dtype.itemsize > _MAX_EMPTY:
+            raise ValueError(f"an element of {dtype.itemsize} bytes")
+        if dtype.itemsize > _SMALL_EMPTY:
+            making.grows(dtype.itemsize)
     if count * dtype.itemsize != len(data):
         raise ValueError(
             f"{dtype} of shape {shape} needs {count * dtype.itemsize} bytes, found {len(data)}"
@@ -354,4 +359,5 @@ def _scalar(args: tuple[Any, ...], making: Making) -> Any:
     if isinstance(dtype, np.dtype) and dtype.itemsize == 0:
         return dtype.type()
     _elements((), dtype, data, making)
-    return np.frombuffer(data, dtype)[0]
+    making.copies(data, len(data))
+    return np.frombuffer(bytearray(data), dtype)[0]  # a record is a view, to which one may write

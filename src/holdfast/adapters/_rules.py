@@ -151,6 +151,12 @@ class Making:
         if again:
             self.grows(nbytes)
 
+    def copy(self, obj: Any, nbytes: int) -> Any:
+        """`obj`, a copy of `nbytes`: what is made of it is not made for the first time."""
+        if nbytes >= _SMALL:
+            self.sources[id(obj)] = obj
+        return obj
+
     def grows(self, nbytes: int) -> None:
         """Note that `nbytes` are made that the file does not have; ValueError as for `copies`."""
         self.copied += nbytes

@@ -120,12 +120,15 @@ def _no_hooks(value: Any) -> None:
 # -- sparse ----------------------------------------------------------------------------------------
 
 
-def sparse(args: tuple[Any, ...], _: Making) -> torch.Tensor:
+def sparse(args: tuple[Any, ...], making: Making) -> torch.Tensor:
     """``torch._utils._rebuild_sparse_tensor(layout, data)``; the indices are always checked."""
     _count(args, 2)
     layout, data = args
     if type(data) is not tuple:
         raise TypeError("the parts of a sparse tensor are no tuple")
+    for part in data[:2]:  # the indices: to check them takes as long as to copy them
+        if isinstance(part, torch.Tensor):
+            making.copies(part, 8 * part.numel())
     if layout is torch.sparse_coo:
         return _coo(data)
     if isinstance(layout, torch.layout) and layout in _COMPRESSED:
@@ -204,7 +207,7 @@ def _compressed(layout: torch.layout, data: tuple[Any, ...]) -> torch.Tensor:
 # -- nested and quantized --------------------------------------------------------------------------
 
 
-def nested(args: tuple[Any, ...], _: Making) -> torch.Tensor:
+def nested(args: tuple[Any, ...], making: Making) -> torch.Tensor:
     """``torch._utils._rebuild_nested_tensor(buffer, sizes, strides, storage_offsets)``."""
     _count(args, 4)
     buffer = _dense(args[0], "buffer", ndim=1)
@@ -218,6 +221,7 @@ def nested(args: tuple[Any, ...], _: Making) -> torch.Tensor:
         raise ValueError("a buffer with gaps")
     if sizes.shape != strides.shape or offsets.shape[0] != sizes.shape[0]:
         raise ValueError("as many sizes, strides and offsets are expected")
+    making.copies(args[1], 256 * len(sizes))  # each part is looked at
     length = buffer.numel()
     for size, stride, offset in zip(
         sizes.tolist(), strides.tolist(), offsets.tolist(), strict=True
@@ -232,7 +236,7 @@ def nested(args: tuple[Any, ...], _: Making) -> torch.Tensor:
     return made
 
 
-def quantized(args: tuple[Any, ...], _: Making) -> torch.Tensor:
+def quantized(args: tuple[Any, ...], making: Making) -> torch.Tensor:
     """``torch._utils._rebuild_qtensor(storage, offset, size, stride, params, grad, hooks)``."""
     _count(args, 7)
     storage, dtype, bits = _storage(args[0])
@@ -246,7 +250,7 @@ def quantized(args: tuple[Any, ...], _: Making) -> torch.Tensor:
     stored = storage.nbytes() * 8 // bits
     if max(count, span(size, stride, offset)) > stored:
         raise ValueError(f"needs {max(count, span(size, stride, offset))} elements of {stored}")
-    empty = _quantizer(args[4], size, dtype)
+    empty = _quantizer(args[4], size, dtype, making)
     kind: Any = torch.storage.TypedStorage
     typed = kind(wrap_storage=storage, dtype=dtype, _internal=True)
     made: torch.Tensor = empty.set_(typed, offset, size, stride)
@@ -273,7 +277,9 @@ def _storage(value: Any) -> tuple[Any, torch.dtype, int]:
     raise TypeError(f"a {type(value).__name__} for a storage")
 
 
-def _quantizer(params: Any, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _quantizer(
+    params: Any, size: tuple[int, ...], dtype: torch.dtype, making: Making
+) -> torch.Tensor:
     """A quantized tensor of `size` with the parameters of a file."""
     if type(params) is not tuple or not params:
         raise TypeError("the parameters of a quantizer are no tuple")
@@ -291,6 +297,8 @@ def _quantizer(params: Any, size: tuple[int, ...], dtype: torch.dtype) -> torch.
     if axis >= len(size):
         raise ValueError(f"per_channel axis {axis} out of range for size {size}")
     kinds = (torch.float32, torch.float32) if floats else (torch.float64, torch.int64)
+    for numbers in (scales, zeros):
+        making.copies(numbers, 16 * size[axis])
     scales = _per_channel(scales, "scales", size[axis], kinds[0])
     zeros = _per_channel(zeros, "zero points", size[axis], kinds[1])
     return torch._empty_per_channel_affine_quantized(

@@ -238,7 +238,7 @@ cdef class Machine(Stack):
         elif op == 0x90:  # ADDITEMS
             return self.add_items(self.pop_mark())
         elif op == 0x91:  # FROZENSET
-            return self.push(self.make_set(frozenset, self.take_list(self.pop_mark())))
+            return self.push(self.make_set(frozenset, self.take_list(self.pop_mark()), True))
         elif op == 0x31:  # POP_MARK
             return self.drop(self.pop_mark())
         elif op == 0x30:  # POP

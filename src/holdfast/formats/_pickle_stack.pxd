@@ -14,6 +14,9 @@ cdef enum:
     # Members of all such keys, each time that one is hashed: at least, and for each byte.
     KEYS = 4194304
     KEYS_PER_BYTE = 8
+    # Bytes of copies of things that are copied more than once, and how many are none worth counting.
+    COPIED = 268435456
+    SMALL = 512
     # Keys of one hash in a dict of more than so many items.
     CROWD = 1000
 
@@ -33,6 +36,8 @@ cdef class Stack:
     cdef PyObject **memo
     cdef Py_ssize_t memo_room, memo_next
     cdef dict hashes
+    cdef dict sources  # by their id, what something large was made of, and what was made so
+    cdef int64_t copied  # bytes that were made of these
     cdef int64_t hashed  # members of keys
     cdef uint64_t longest  # of integers, in bytes
     cdef bint giants  # whether there was an integer that is too long for a key
@@ -59,7 +64,9 @@ cdef class Stack:
     cdef int set_items(self, Py_ssize_t start) except -1
     cdef int append(self, Py_ssize_t start) except -1
     cdef int add_items(self, Py_ssize_t start) except -1
-    cdef object make_set(self, object kind, object items)
+    cdef int copies(self, object source, int64_t nbytes) except -1
+    cdef object made(self, object obj)
+    cdef object make_set(self, object kind, object items, bint own=*)
     cdef object make_ordered(self, tuple args)
     cdef int set_attributes(self, object target, object state) except -1
 

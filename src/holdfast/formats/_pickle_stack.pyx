@@ -75,6 +75,7 @@ cdef class Stack:
         self.where = where
         self.base = base
         self.hashes = {}
+        self.sources = {}
         self.longest = INTEGER
 
     def __dealloc__(self):
@@ -346,15 +347,35 @@ cdef class Stack:
             (<set> target).add(item)
         return 0
 
-    cdef object make_set(self, object kind, object items):
-        """A set or frozenset of `items`."""
+    cdef int copies(self, object source, int64_t nbytes) except -1:
+        """Note that `nbytes` are made of `source`; a few bytes have them made once more."""
+        if nbytes >= SMALL:
+            if id(source) in self.sources:
+                self.copied += nbytes
+                if self.copied > COPIED:
+                    raise self.fault(f"more than {COPIED} bytes of copies of the same things")
+            self.sources[id(source)] = source  # kept, so that its id stays its own
+        return 0
+
+    cdef object made(self, object obj):
+        """`obj`, which is a copy: one of it is not the first."""
+        if len(obj) * 64 >= SMALL:
+            self.sources[id(obj)] = obj
+        return obj
+
+    cdef object make_set(self, object kind, object items, bint own=False):
+        """A set or frozenset of `items`; `own`: they are nobody else's."""
         made = set()
         if type(items) not in (list, tuple, set, frozenset):
             raise self.fault(f"a set of the members of {brief(items)}")
+        if not own:
+            self.copies(items, 64 * len(items))
         for item in items:
             self.check_key(made, item)
             made.add(item)
-        return made if kind is set else frozenset(made)
+        if kind is frozenset:
+            made = frozenset(made)
+        return made if own else self.made(made)
 
     cdef object make_ordered(self, tuple args):
         """``OrderedDict(*args)``."""
@@ -362,6 +383,8 @@ cdef class Stack:
         if not args:
             return made
         pairs = args[0]
+        if type(pairs) in (dict, OrderedDict, list, tuple):
+            self.copies(pairs, 128 * len(pairs))
         if type(pairs) is dict or type(pairs) is OrderedDict:
             pairs = list(pairs.items())
         if len(args) != 1 or type(pairs) not in (list, tuple):
@@ -370,7 +393,7 @@ cdef class Stack:
             if type(pair) not in (list, tuple) or len(pair) != 2:
                 raise self.fault("arguments of an OrderedDict that are not one list of pairs")
             self.set_item(made, pair[0], pair[1])
-        return made
+        return self.made(made)
 
     cdef int set_attributes(self, object target, object state) except -1:
         """Attributes of an OrderedDict, such as the ``_metadata`` of a state_dict."""
@@ -381,6 +404,7 @@ cdef class Stack:
         for key in <dict> state:
             if type(key) is not str or key in _METHODS or key.startswith("__"):
                 raise self.fault(f"an OrderedDict cannot have an attribute {brief(key)}")
+        self.copies(state, 64 * len(<dict> state))
         target.__dict__.update(state)
         return 0
 

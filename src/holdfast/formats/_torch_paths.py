@@ -139,12 +139,27 @@ class Paths:
             self._again -= 1 + len(obj) if type(obj) is not Record else 1
             if self._again < 0:
                 return False
+        if type(obj) is Record and not self._share(obj):
+            return False
         self._seen.add(key)
         above.add(key)
         if type(obj) is Record:
             self.records.setdefault(obj.offset, path)
         stack.append((path, key, self._children(path, obj)))
         return True
+
+    def _share(self, record: Record) -> bool:
+        """Whether there is time for what `record` has, which very many others may have, too."""
+        state = record.state
+        for part in (
+            record.args,
+            *(state if type(state) is tuple and len(state) == 2 else (state,)),
+        ):
+            if type(part) in _CONTAINERS and type(part) is not Record and len(part) > 8:
+                if id(part) in self._seen:
+                    self._again -= len(part)
+                self._seen.add(id(part))
+        return self._again >= 0
 
     def _take(self, path: str, tensor: Tensor) -> None:
         entry = tensor.entry
