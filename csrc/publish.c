@@ -38,7 +38,8 @@ static int find_writable_target(hold_publication *self, const char *path)
     self->existed = rc == 1;
     /* A file that has no name any more, or never had one, is none that can be replaced. */
     if (there && st.st_nlink == 0 &&
-        (!self->existed || st.st_ino != self->old.st_ino || st.st_dev != self->old.st_dev))
+        (!self->existed || st.st_ino != self->old.st.st_ino ||
+                            st.st_dev != self->old.st.st_dev))
         return -ESPIPE;
     if (rc <= 0)
         return rc;
