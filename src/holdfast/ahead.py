@@ -12,7 +12,7 @@ import numpy as np
 from . import _engine
 from .maps import Maps
 
-__all__ = ["bring", "expect", "expect_all"]
+__all__ = ["bring", "expect", "expect_all", "populate"]
 
 #: A map no larger than this gets its page tables filled at once by two threads, where it is of what
 #: is in the page cache: that takes a quarter less than a fault for every 64 KiB does, and half
@@ -27,12 +27,19 @@ EXPECT_MOST = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def expect_all(maps: Maps) -> None:
-    """All of these maps is going to be used: cheaply, from the page cache and from the disk."""
-    huge = sum(map(len, maps.buffers)) <= EXPECT_MOST
-    with contextlib.suppress(OSError):  # a wish: pages come one by one without it
+    """All of these maps is going to be used."""
+    if sum(map(len, maps.buffers)) > EXPECT_MOST:
+        return
+    with contextlib.suppress(OSError):  # a wish: what is missing comes page by page without it
         for buffer in maps.buffers:
-            if huge and len(buffer) >= EXPECT_LEAST:
+            if len(buffer) >= EXPECT_LEAST:
                 _engine.expect(buffer, 0, len(buffer))
+
+
+def populate(maps: Maps) -> None:
+    """Fill in the page tables of what of these maps is in the page cache."""
+    with contextlib.suppress(OSError):
+        for buffer in maps.buffers:
             _engine.populate_cached(buffer, POPULATE_MOST, 2)
 
 
