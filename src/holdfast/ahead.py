@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from . import _engine
+from ._buffer import Buffer
 from .maps import Maps
 
-__all__ = ["bring", "expect", "expect_all", "populate"]
+__all__ = ["bring", "expect", "expect_all", "pass_through"]
 
 #: A map no larger than this gets its page tables filled at once by two threads, where it is of what
 #: is in the page cache: that takes a quarter less than a fault for every 64 KiB does, and half
@@ -21,26 +22,30 @@ POPULATE_MOST = 4 << 30
 #: What is missing of a map is read by 2 MiB, and ahead, where so much of it in a row is wanted:
 #: each stretch may become a map of its own to the kernel, which has 65,530 for a process ...
 EXPECT_LEAST = 8 << 20
+#: ... and up to where the folios end that it is read by: neighbours that are taken one by one, with
+#: something small between them, are then one to the kernel again.
+FOLIO = 2 << 20
 #: ... and where it is no more than this. Of a larger file not all stays in memory, and who looks at
 #: rows of it here and there would have 4 MiB read for each, again and again.
 EXPECT_MOST = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def expect_all(maps: Maps) -> None:
-    """All of these maps is going to be used."""
-    if sum(map(len, maps.buffers)) > EXPECT_MOST:
-        return
-    with contextlib.suppress(OSError):  # a wish: what is missing comes page by page without it
-        for buffer in maps.buffers:
-            if len(buffer) >= EXPECT_LEAST:
-                _engine.expect(buffer, 0, len(buffer))
-
-
-def populate(maps: Maps) -> None:
-    """Fill in the page tables of what of these maps is in the page cache."""
+    """All of these maps is going to be used: cheaply, from the page cache and from the disk."""
+    pass_through(maps)
     with contextlib.suppress(OSError):
         for buffer in maps.buffers:
             _engine.populate_cached(buffer, POPULATE_MOST, 2)
+
+
+def pass_through(maps: Maps) -> None:
+    """All of these maps is going to be used, and let go of piece by piece."""
+    if sum(map(len, maps.buffers)) > EXPECT_MOST:
+        return
+    with contextlib.suppress(OSError):  # a wish: pages come one by one without it
+        for buffer in maps.buffers:
+            if len(buffer) >= EXPECT_LEAST:
+                _engine.expect(buffer, 0, len(buffer))
 
 
 def expect(maps: Maps, segments: np.ndarray) -> None:
@@ -48,10 +53,11 @@ def expect(maps: Maps, segments: np.ndarray) -> None:
     if segments["nbytes"].sum() < EXPECT_LEAST:
         return
     with contextlib.suppress(OSError):
-        for number, buffer in maps.each():
-            for start, stop in _runs(segments[segments["file"] == number]):
-                if EXPECT_LEAST <= stop - start <= EXPECT_MOST:
-                    _engine.expect(buffer, start, stop - start)
+        for buffer, start, stop in _runs(maps, segments):
+            if EXPECT_LEAST <= stop - start <= EXPECT_MOST:
+                start -= start % FOLIO
+                stop = min(stop + -stop % FOLIO, len(buffer))
+                _engine.expect(buffer, start, stop - start)
 
 
 def bring(maps: Maps, segments: np.ndarray, threads: int) -> None:
@@ -63,17 +69,19 @@ def bring(maps: Maps, segments: np.ndarray, threads: int) -> None:
         A file cannot be read, or has become shorter.
     """
     expect(maps, segments)
-    for number, buffer in maps.each():
-        for start, stop in _runs(segments[segments["file"] == number]):
-            _engine.prefetch(buffer, start, stop - start, threads)
+    for buffer, start, stop in _runs(maps, segments):
+        _engine.prefetch(buffer, start, stop - start, threads)
 
 
-def _runs(segments: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the file that segments cover, neighbours joined."""
-    order = np.argsort(segments["offset"], kind="stable")
+def _runs(maps: Maps, segments: np.ndarray) -> Iterator[tuple[Buffer, int, int]]:
+    """Byte ranges of the mapped files that segments cover, neighbours joined."""
+    order = np.lexsort((segments["offset"], segments["file"]))
+    files = segments["file"][order]
     starts = segments["offset"][order].astype(np.int64)
     stops = starts + segments["nbytes"][order].astype(np.int64)
-    gaps = np.flatnonzero(starts[1:] > stops[:-1]) + 1
+    gaps = np.flatnonzero((starts[1:] > stops[:-1]) | (files[1:] != files[:-1])) + 1
     for begin, end in itertools.pairwise([0, *gaps.tolist(), len(starts)]):
         if end > begin and stops[end - 1] > starts[begin]:
-            yield int(starts[begin]), int(stops[end - 1])
+            buffer = maps.of(int(files[begin]))
+            if buffer is not None:
+                yield buffer, int(starts[begin]), int(stops[end - 1])

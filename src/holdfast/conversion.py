@@ -60,7 +60,7 @@ class _Conversion:
         self.maps: Maps | None = None
         if source.mappable:
             self.maps = source.maps(index)
-            ahead.expect_all(self.maps)
+            ahead.pass_through(self.maps)
             self.batch = fetch.map_tensors(source, index, rows, self.maps, aligned=False)
         else:
             check = fetch.checkable(index)

@@ -135,7 +135,6 @@ def map_tensors(
         maps = source.maps(index, rows)
         if len(rows) == len(index):
             ahead.expect_all(maps)
-            ahead.populate(maps)
         else:
             ahead.expect(maps, stretches(index, rows))
     if index.storages is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,13 +46,12 @@ class Maps:
         owner = self.owner[file]
         return offset + starts[owner], owner
 
-    def each(self) -> Iterator[tuple[int, Buffer]]:
-        """The numbers of the files that are mapped, and their maps."""
+    def of(self, file: int) -> Buffer | None:
+        """The map of this file, if it is mapped."""
         if self.owner is None:
-            yield 0, self.buffers[0]
-            return
-        for file in np.flatnonzero(self.owner >= 0).tolist():
-            yield file, self.buffers[int(self.owner[file])]
+            return self.buffers[0]
+        owner = int(self.owner[file])
+        return self.buffers[owner] if owner >= 0 else None
 
     def cover(self, address: np.ndarray) -> np.ndarray:
         """Which of these addresses are in a map."""

@@ -11,6 +11,9 @@ import pytest
 
 import holdfast
 from holdfast import _engine, ahead
+from holdfast.layout import SEGMENT
+from holdfast.maps import Maps
+from patience import within
 
 MIB = 1 << 20
 LARGE = 9 * MIB
@@ -19,6 +22,11 @@ pytestmark = pytest.mark.skipif(
     not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"),
     reason="the kernel has no huge pages",
 )
+
+
+def maps_of(path: Path) -> int:
+    """How many maps of a file the kernel has."""
+    return Path("/proc/self/maps").read_text().count(f" {path}\n")
 
 
 def expected(path: Path) -> int:
@@ -102,3 +110,30 @@ def test_where_the_kernel_has_none(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(_engine, "expect", refuse)
     assert holdfast.load(path, framework="numpy")["large.1"][3] == 1
+
+
+@pytest.mark.parametrize(("between", "most"), [(MIB + MIB // 2, 3), (5 * MIB, 17)])
+def test_tensors_taken_one_by_one(tmp_path: Path, between: int, most: int) -> None:
+    """A process may have 65,530 maps: what is less than a folio apart is one of them."""
+    sizes = {"large": LARGE, "less": between}
+    path = tmp_path / "ckpt"
+    tensors = {f"{i}.{name}": np.zeros(n, "u1") for i in range(8) for name, n in sizes.items()}
+    holdfast.save(tensors, path, durable=False)
+    with holdfast.open(path, framework="numpy") as f:
+        taken = [f[name] for name in f if name.endswith("large")]
+        assert most // 3 <= maps_of(path) <= most
+        assert expected(path) >= 8 * LARGE
+    assert len(taken) == 8
+
+
+def test_one_file_of_many(path: Path) -> None:
+    """What one tensor takes does not grow with the files that there are."""
+    with open(path, "rb") as f:
+        buffer = _engine.map_file(f.fileno(), 0, 3 * LARGE)
+    maps = Maps([buffer] * 20_000, np.arange(20_000))
+    one = np.zeros(1, SEGMENT)
+    one["nbytes"], one["file"] = LARGE, 19_999
+    with within(1):
+        for _ in range(50):
+            ahead.expect(maps, one)
+    assert LARGE <= expected(path) < 2 * LARGE
