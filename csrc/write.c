@@ -210,12 +210,13 @@ static bool ask_direct(writer *w, const hold_options *options)
 /*
  * Room on the device for all of it, if the file system can tell beforehand: of the whole file, where
  * its size is known. A block that is left out gets its place when the file takes the name of
- * another one, and ext4 then starts to write back all the others before the rename returns.
+ * another one, and ext4 then starts to write back all the others before the rename returns. A file
+ * that has this size has the room: tmpfs would look at every page, for each part that is written.
  */
-static int preallocate(writer *w, uint64_t end, uint64_t size)
+static int preallocate(writer *w, uint64_t end, uint64_t size, uint64_t found)
 {
     uint64_t begin = size ? 0 : w->begin;
-    if (w->plan.nbytes < PREALLOCATE_MIN)
+    if (w->plan.nbytes < PREALLOCATE_MIN || (size && size <= found && end <= found))
         return 0;
     if (end < size)
         end = size;
@@ -337,7 +338,7 @@ static int begin_write(writer *w, const hold_options *options, bool *direct, uin
         else if (w->end & mask)
             cuts[1] = w->end & ~mask;
     }
-    return preallocate(w, end, options->size);
+    return preallocate(w, end, options->size, (uint64_t)st.st_size);
 }
 
 int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -332,6 +333,19 @@ class TestC(EngineSuite):
         tail = content(rows([700]))
         assert found[:6] == b"head\0\0"
         assert found[4096:-1] == content(segments) + tail + bytes(size - 1 - 4096 - 9 * MIB - 800)
+
+    def test_room_is_taken_once_for_all_parts(self, tmp_path: Path) -> None:
+        with (tmp_path / "file").open("wb", buffering=0) as f:
+            self.engine.write(f.fileno(), rows([2 * MIB]), size=4 * MIB)
+            if os.fstat(f.fileno()).st_size != 4 * MIB:
+                pytest.skip("this file system takes no room beforehand")
+            _engine.fault_ban("fallocate", errno.ENOSPC)
+            try:
+                self.engine.write(f.fileno(), rows([2 * MIB], 2 * MIB), size=4 * MIB)
+                with pytest.raises(OSError, match="No space"):  # it is to be longer than that
+                    self.engine.write(f.fileno(), rows([2 * MIB], 4 * MIB), size=6 * MIB)
+            finally:
+                _engine.fault_ban(None, 0)
 
     def test_errors_name_the_file(self, folder: Path) -> None:
         (folder / "file").write_bytes(b"")
