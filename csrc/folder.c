@@ -165,7 +165,8 @@ static int inherit(const hold_folder *self, mode_t more)
 static int make_new(hold_folder *self)
 {
     const hold_place *place = &self->place;
-    const mode_t mode = self->existed ? (self->old.st.st_mode & 0777) | 0700 : 0777;
+    /* Never more open than the folder it replaces, whose group it does not have yet. */
+    const mode_t mode = self->existed ? 0700 : 0777;
     int rc = HOLD_RETRY(hold_sys_mkdirat(place->dirfd, self->temp, mode));
     if (rc < 0) {
         self->temp[0] = '\0';

@@ -1,6 +1,7 @@
 /* rights.c - who may do what with a file. */
 #include "rights.h"
 
+#include <fcntl.h>
 #include <limits.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -14,7 +15,7 @@ static int count(const struct stat *st)
     return S_ISDIR(st->st_mode) ? 2 : 1;
 }
 
-/* Whether no ACL could be had, rather than that something went wrong. */
+/* Whether there is no ACL, rather than that it could not be had. */
 static bool has_none(ssize_t rc)
 {
     return rc == -ENODATA || rc == -EOPNOTSUPP || rc == -ENOSYS || rc == -ENOENT;
@@ -26,14 +27,33 @@ static mode_t close_group(mode_t mode)
     return mode & (mode_t)(~S_IRWXG | ((mode & S_IRWXO) << 3));
 }
 
-int hold_rights_read(int fd, const char *name, hold_rights *out)
+/* One ACL of the file `name` of the folder `fd`, or of `fd` itself: how many bytes, or -errno. */
+static ssize_t read_acl(int fd, const char *name, int i, char out[HOLD_ACL_MOST])
 {
     char path[40 + NAME_MAX];
-    snprintf(path, sizeof path, "/proc/self/fd/%d%s%s", fd, name ? "/" : "", name ? name : "");
+    if (name == NULL)
+        return HOLD_RETRY(hold_sys_fgetxattr(fd, NAMES[i], out, HOLD_ACL_MOST));
+    snprintf(path, sizeof path, "/proc/self/fd/%d/%s", fd, name);
+    ssize_t n = HOLD_RETRY(hold_sys_getxattr(path, NAMES[i], out, HOLD_ACL_MOST));
+    if (n != -ENOENT)
+        return n;
+    /* Where /proc is not mounted it takes the right to read. */
+    const int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK;
+    const int file = HOLD_RETRY(hold_sys_openat(fd, name, flags, 0));
+    if (file < 0)
+        return file;
+    n = read_acl(file, NULL, i, out);
+    hold_sys_close(file);
+    return n;
+}
+
+int hold_rights_read(int fd, const char *name, hold_rights *out)
+{
     out->nbytes[0] = out->nbytes[1] = 0;
     for (int i = 0; i < count(&out->st); i++) {
-        const ssize_t n = HOLD_RETRY(hold_sys_getxattr(path, NAMES[i], out->acl[i], HOLD_ACL_MOST));
-        if (n == -ERANGE) /* more than there is room for: nobody but the owner, and everybody */
+        const ssize_t n = read_acl(fd, name, i, out->acl[i]);
+        /* More than there is room for, or not to be seen: nobody but the owner, and everybody. */
+        if (n == -ERANGE || n == -EACCES || n == -EPERM)
             out->st.st_mode = close_group(out->st.st_mode);
         else if (n < 0 && !has_none(n))
             return (int)n;
@@ -46,13 +66,11 @@ int hold_rights_read(int fd, const char *name, hold_rights *out)
 /* 1 where that changed something, 0 where not, -EPERM where it cannot be done, or another -errno. */
 static int give_acl(int fd, const hold_rights *model, int i)
 {
-    char path[40];
     int rc = 0;
     if (model->nbytes[i] != 0) {
         rc = HOLD_RETRY(hold_sys_fsetxattr(fd, NAMES[i], model->acl[i], model->nbytes[i]));
     } else { /* one that the folder gave it */
-        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-        const ssize_t n = HOLD_RETRY(hold_sys_getxattr(path, NAMES[i], NULL, 0));
+        const ssize_t n = HOLD_RETRY(hold_sys_fgetxattr(fd, NAMES[i], NULL, 0));
         if (n <= 0)
             return n == 0 || has_none(n) ? 0 : (int)n;
         rc = HOLD_RETRY(hold_sys_fremovexattr(fd, NAMES[i]));

@@ -22,7 +22,8 @@ typedef struct hold_rights {
 
 /*
  * The ACLs of the file `name` of the folder `fd`, or, where `name` is NULL, of the file `fd` itself;
- * out->st is what stat says of it. Read through /proc: none where that is not mounted.
+ * out->st is what stat says of it, and then without the rights of the group where there may be an
+ * ACL that cannot be seen: where /proc is not mounted, that of a file which may not be read.
  */
 int hold_rights_read(int fd, const char *name, hold_rights *out);
 

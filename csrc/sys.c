@@ -165,6 +165,11 @@ int hold_sys_fchown(int fd, uid_t uid, gid_t gid)
     CALL("fchown", int, fchown(fd, uid, gid));
 }
 
+ssize_t hold_sys_fgetxattr(int fd, const char *name, void *out, size_t nbytes)
+{
+    CALL("fgetxattr", ssize_t, fgetxattr(fd, name, out, nbytes));
+}
+
 int hold_sys_fsetxattr(int fd, const char *name, const void *value, size_t nbytes)
 {
     CALL("fsetxattr", int, fsetxattr(fd, name, value, nbytes, 0));

@@ -50,6 +50,7 @@ int hold_sys_fstat(int fd, struct stat *out);
 int hold_sys_fstatfs(int fd, struct statfs *out);
 int hold_sys_fchmod(int fd, mode_t mode);
 int hold_sys_fchown(int fd, uid_t uid, gid_t gid);
+ssize_t hold_sys_fgetxattr(int fd, const char *name, void *out, size_t nbytes);
 int hold_sys_fsetxattr(int fd, const char *name, const void *value, size_t nbytes);
 int hold_sys_fremovexattr(int fd, const char *name);
 int hold_sys_fsync(int fd);

@@ -248,6 +248,36 @@ def test_acl_that_cannot_be_kept(save: Save, tmp_path: Path, code: int) -> None:
     assert (target.read_bytes(), acls(target), mode(target)) == (b"new", {}, 0o644)
 
 
+def test_acl_that_is_read_without_proc(save: Save, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"old")
+    give(target, ACCESS, acl(6, 6, 0, 6, 0))
+    give(tmp_path, DEFAULT, acl(7, 7, 7, 7, 0))
+    before = acls(target)
+    (tmp_path / "plain").write_bytes(b"old")
+    os.removexattr(tmp_path / "plain", ACCESS)
+    (tmp_path / "plain").chmod(0o640)
+    _engine.fault_ban("getxattr", errno.ENOENT)
+
+    save(target, b"new")
+    save(tmp_path / "plain", b"new")
+
+    assert (target.read_bytes(), acls(target), mode(target)) == (b"new", before, 0o660)
+    assert (acls(tmp_path / "plain"), mode(tmp_path / "plain")) == ({}, 0o640)
+
+
+def test_acl_that_cannot_be_seen(save: Save, tmp_path: Path) -> None:
+    """The group's bits may be a mask."""
+    target = tmp_path / "target"
+    target.write_bytes(b"old")
+    target.chmod(0o664)
+    _engine.fault_ban("getxattr", errno.EACCES)
+
+    save(target, b"new")
+
+    assert (target.read_bytes(), mode(target)) == (b"new", 0o644)
+
+
 def test_acl_of_more_entries_than_are_kept(save: Save) -> None:
     if not os.access("/dev/shm", os.W_OK):
         pytest.skip("no file system that takes so many")
