@@ -19,8 +19,9 @@ MIB = 1 << 20
 LARGE = 9 * MIB
 
 pytestmark = pytest.mark.skipif(
-    not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"),
-    reason="the kernel has no huge pages",
+    not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled")
+    or os.sysconf("SC_PAGE_SIZE") != 4096,
+    reason="the kernel has no huge pages of 2 MiB",
 )
 
 
