@@ -56,6 +56,8 @@ def expect(maps: Maps, segments: np.ndarray) -> None:
     with contextlib.suppress(OSError):
         for buffer, start, stop in _runs(maps, segments):
             if EXPECT_LEAST <= stop - start <= EXPECT_MOST:
+                if next(maps.marks, None) is None:
+                    return
                 start -= start % FOLIO
                 stop = min(stop + -stop % FOLIO, len(buffer))
                 _engine.expect(buffer, start, stop - start)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ._buffer import Buffer
 
 __all__ = ["Maps"]
+
+#: How many stretches of the maps of a checkpoint may be marked, each of which may make two more
+#: maps of one; a process may have 65,530.
+MARKS = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +26,13 @@ class Maps:
     owner : ndarray of int64 or None
         Which of them is the map of each file; -1 for a file that is not mapped. None for a
         checkpoint that is a single file.
+    marks : iterator
+        Has one more for each stretch that may still be marked.
     """
 
     buffers: list[Buffer]
     owner: np.ndarray | None = None
+    marks: Iterator[int] = field(default_factory=lambda: iter(range(MARKS)), compare=False)
 
     def has(self, file: np.ndarray) -> np.ndarray | None:
         """Which of these files are mapped; None for all."""

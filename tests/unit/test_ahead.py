@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import holdfast
-from holdfast import _engine, ahead
+from holdfast import _engine, ahead, maps
 from holdfast.layout import SEGMENT
 from holdfast.maps import Maps
 from patience import within
@@ -100,8 +100,8 @@ def test_files_side_by_side(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     holdfast.save(tensors, folder, max_shard_size=LARGE, durable=False)
     loaded = holdfast.load(folder, framework="numpy", keys=["t0", "t2"])
-    maps = [expected(shard) for shard in sorted(folder.glob("*.safetensors"))]
-    assert [nbytes >= LARGE for nbytes in maps] == [True, False, True]
+    marked = [expected(shard) for shard in sorted(folder.glob("*.safetensors"))]
+    assert [nbytes >= LARGE for nbytes in marked] == [True, False, True]
     assert loaded["t2"][0] == 2
 
 
@@ -127,14 +127,24 @@ def test_tensors_taken_one_by_one(tmp_path: Path, between: int, most: int) -> No
     assert len(taken) == 8
 
 
+def test_no_more_stretches_than_a_process_may_have_maps(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maps, "MARKS", 2)
+    with holdfast.open(path, framework="numpy") as f:
+        taken = [f[name] for name in ("large.0", "large.1", "large.2", "large.0")]
+        assert 2 * LARGE <= expected(path) < 3 * LARGE
+        assert taken[2][-1] == 2
+
+
 def test_one_file_of_many(path: Path) -> None:
     """What one tensor takes does not grow with the files that there are."""
     with open(path, "rb") as f:
         buffer = _engine.map_file(f.fileno(), 0, 3 * LARGE)
-    maps = Maps([buffer] * 20_000, np.arange(20_000))
+    many = Maps([buffer] * 20_000, np.arange(20_000))
     one = np.zeros(1, SEGMENT)
     one["nbytes"], one["file"] = LARGE, 19_999
     with within(1):
         for _ in range(50):
-            ahead.expect(maps, one)
+            ahead.expect(many, one)
     assert LARGE <= expected(path) < 2 * LARGE
