@@ -20,6 +20,10 @@ __all__ = ["table"]
 #: import a module to look for one.
 _CODECS = frozenset({"latin1", "latin-1", "iso-8859-1", "iso8859-1", "ascii", "utf-8", "utf8"})
 
+#: Longest name of a file, and what paths are taken apart at, those of the other system too.
+_MAX_NAME = 255
+_SEPARATORS = frozenset("/\\:")
+
 #: What an element of a defaultdict may be made with: each makes something empty.
 _FACTORIES: tuple[type, ...] = (
     *(bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset),
@@ -324,11 +328,13 @@ def _paths(made: Table) -> None:
 
     def path(kind: type[pathlib.PurePath]) -> Any:
         def make(args: tuple[Any, ...], making: Making) -> pathlib.PurePath:
-            making.copies(args, 1024 * len(args))
+            making.copies(args, 64 * len(args))
             for part in args:
                 if type(part) is not str or "\0" in part:
                     raise TypeError("expected texts without NUL")
-                making.copies(part, 32 * len(part))  # a path may be made of its parts
+                # Names are not copied, and one may be in the paths of millions of files.
+                if len(part) > _MAX_NAME or not _SEPARATORS.isdisjoint(part):
+                    making.copies(part, 32 * len(part))
             return kind(*args)
 
         return make

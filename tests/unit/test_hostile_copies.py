@@ -67,6 +67,11 @@ def test_copies_of_one_thing_are_bounded(what: str) -> None:
         holdfast.load(archive(*COPIES[what], 3000), framework="numpy")
 
 
+def test_a_name_may_be_in_the_paths_of_very_many_files() -> None:
+    file = archive(name("pathlib", "PurePosixPath"), text("n" * 255), MAKE, 40_000)
+    assert len(holdfast.load(file, framework="numpy")) == 40_000
+
+
 def test_arguments_that_many_records_share_are_walked_a_bounded_number_of_times() -> None:
     file = archive(name("mine", "Class"), b"(" + b"N" * 200_000 + b"t", b"h\0h\1R", 3000)
     with within(5), holdfast.open(file) as found:
