@@ -61,6 +61,17 @@ def test_modules_have_the_names_of_their_state_dict() -> None:
     assert found.names.find("model.b.w") == -1 and paths["model.b.w"] == paths["model.a.w"]
 
 
+def test_what_is_long_and_stands_once_is_walked_whatever_it_belongs_to() -> None:
+    """A state that is no dict, and arguments: of one object each, with 20,000 members."""
+    state = b"](" + simple("0") + b"N" * 20_000 + b"e"
+    args = b"(" + simple("1") + b"N" * 20_000 + b"t"
+    body = {
+        "a": files.name("mine", "Class") + b")\x81" + state + b"b",
+        "b": files.name("mine", "Class") + args + b"R",
+    }
+    assert read(pairs(body)).names.tolist() == ["a.state.0", "b.0"]
+
+
 def test_names_are_unique_and_plain() -> None:
     keys = {
         "a.b": simple("0"),

@@ -75,6 +75,7 @@ class Paths:
         "_later",
         "_room",
         "_seen",
+        "_shared",
         "entries",
         "names",
         "records",
@@ -85,6 +86,7 @@ class Paths:
         self.entries: dict[str, int] = {}
         self.records: dict[int, str] = {}
         self._seen: set[int] = set()
+        self._shared: set[int] = set()  # arguments and states of records
         self._later: list[tuple[str, Any]] = [("", root)]
         self._again = 10_000 + 4 * count  # nodes to be visited on further ways to them
         self._room = (1 << 20) + 64 * nbytes  # characters
@@ -156,9 +158,9 @@ class Paths:
             *(state if type(state) is tuple and len(state) == 2 else (state,)),
         ):
             if type(part) in _CONTAINERS and type(part) is not Record and len(part) > 8:
-                if id(part) in self._seen:
+                if id(part) in self._shared:
                     self._again -= len(part)
-                self._seen.add(id(part))
+                self._shared.add(id(part))
         return self._again >= 0
 
     def _take(self, path: str, tensor: Tensor) -> None:
