@@ -28,9 +28,14 @@ RING = staging.Staging(block_size=1 << 16, blocks=4)
 
 
 class Filler:
-    """Threads that fill parts of a case, each after a while; `n` counts from 1."""
+    """Threads that fill parts of a case, each after a while; `n` counts from 1.
 
-    def __init__(self, case: Case, threads: int = 2, fail: int = -1, most: float = 2e-3) -> None:
+    The first ones wait until `meet` of them are filling at a time.
+    """
+
+    def __init__(
+        self, case: Case, threads: int = 2, fail: int = -1, most: float = 2e-3, meet: int = 1
+    ) -> None:
         self.case, self.fail, self.most = case, fail, most
         self.pool = ThreadPoolExecutor(threads)
         self.lock = threading.Lock()
@@ -38,6 +43,7 @@ class Filler:
         self.running = self.together = self.given = 0
         self.gate = threading.Event()
         self.gate.set()
+        self.meet, self.met = meet, threading.Event()
 
     def submit(self, part: staging.Part) -> None:
         self.given += 1
@@ -48,6 +54,9 @@ class Filler:
             self.running += 1
             self.together = max(self.together, self.running)
             pause = self.random.uniform(0, self.most)
+            if self.running >= self.meet:
+                self.met.set()
+        self.met.wait(10)
         time.sleep(pause)
         self.gate.wait()
         try:
@@ -88,7 +97,7 @@ def large() -> Case:
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4])
 def test_the_next_part_is_given_out_while_others_are_filled(blocks: int) -> None:
     case = large()
-    filler = Filler(case)
+    filler = Filler(case, meet=min(blocks, 2))
     with filler.pool, contextlib.closing(case.to_device(staging.Staging(BLOCK, blocks))) as parts:
         submit_all(filler, parts)
     case.check_memory()
