@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial as bind
 from typing import TYPE_CHECKING
 
@@ -65,12 +65,15 @@ def move_staged(
         if verify:
             part.join(segments)
 
+    def fill_here(part: Part) -> None:
+        fill(part, None if progress is None else bind(_behind, progress, done))
+        finish(part)
+
     coming = staging.to_device(segments, devices, staging=settings)
     if not several:
         with contextlib.closing(coming) as parts:
             for part in parts:
-                fill(part, None if progress is None else bind(_behind, progress, done))
-                finish(part)
+                fill_here(part)
         return
     filling: deque[Part] = deque()
 
@@ -84,16 +87,44 @@ def move_staged(
 
     # The transfer is closed first, which waits for what is being filled.
     with ThreadPoolExecutor(FILLERS, "holdfast-fill") as pool, contextlib.closing(coming) as parts:
+        alone = False
         for part in parts:
-            try:
-                part.filled = pool.submit(fill, part)
-            except BaseException:
-                # It may have been taken on all the same, and its block goes to others.
-                pool.shutdown(cancel_futures=True)
-                raise
+            if alone:
+                fill_here(part)
+                continue
             filling.append(part)
-            finish_filled()
+            try:
+                part.filled = Future()
+                pool.submit(_fulfil, part.filled, bind(fill, part))
+            except BaseException as error:
+                # It may have been taken on all the same, by a thread that the pool does not know
+                # of: then it is waited for. What nobody has taken on, nobody will.
+                for each in filling:
+                    if each.filled is not None:
+                        each.filled.cancel()
+                if len(filling) > 1 or not isinstance(error, RuntimeError):
+                    raise
+                if part.filled is None or not part.filled.cancelled():
+                    raise
+                # No thread is to be had, as while the interpreter ends.
+                alone, part.filled = True, None
+                filling.clear()
+                fill_here(part)
+            else:
+                finish_filled()
         finish_filled()
+
+
+def _fulfil(filled: Future[None], fill: Callable[[], None]) -> None:
+    """Do what a future stands for, unless it was cancelled."""
+    if not filled.set_running_or_notify_cancel():
+        return
+    try:
+        fill()
+    except BaseException as error:
+        filled.set_exception(error)
+    else:
+        filled.set_result(None)
 
 
 def _behind(progress: Progress, before: int, done: int) -> object:

@@ -244,6 +244,67 @@ def test_a_thread_that_cannot_be_started_leaves_nothing_behind(
 
 
 @pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("nth", [1, 2])
+def test_an_interrupt_while_a_thread_is_started_waits_for_what_that_fills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    holdfast.save(values(), tmp_path / "x")
+    started: list[threading.Thread] = []
+    start, move = threading.Thread.start, Source.move
+    begun, lock, running = threading.Event(), threading.Lock(), [0]
+
+    def interrupted(self: threading.Thread) -> None:
+        start(self)
+        if self.name.startswith("holdfast-fill"):
+            started.append(self)
+            if len(started) == nth:
+                assert begun.wait(10)
+                raise KeyboardInterrupt
+
+    def slow(self: Source, segments: Any, **how: Any) -> None:
+        with lock:
+            running[0] += 1
+            if running[0] == nth:
+                begun.set()
+        begun.wait(10)
+        time.sleep(0.1)
+        move(self, segments, **how)
+        with lock:
+            running[0] -= 1
+
+    monkeypatch.setattr(Source, "move", slow)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        holdfast.load(tmp_path / "x", "device:0", framework="device", staging=RING)
+    assert begun.is_set()
+    assert running == [0], "a block was given back while it was being filled"
+
+
+@pytest.mark.usefixtures("there")
+def test_where_no_thread_can_be_started_the_caller_fills(
+    tmp_path: Path, seen: list[tuple[bool, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while the interpreter ends, when functions of atexit may still load."""
+    expected = values()
+    holdfast.save(expected, tmp_path / "x")
+    start = threading.Thread.start
+
+    def refused(self: threading.Thread) -> None:
+        if self.name.startswith("holdfast-fill"):
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    done: list[tuple[int, int]] = []
+    to = {"map_location": "device:0", "framework": "device", "staging": RING}
+    same(holdfast.load(tmp_path / "x", progress=lambda *at: done.append(at), **to), expected)
+    assert {here for here, _ in seen} == {True}
+    total = sum(value.nbytes for value in expected.values())
+    assert done == sorted(done)
+    assert done[-1] == (total, total)
+
+
+@pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("how", [{"max_shard_size": 100_000}, {"format": "oneflow"}])
 def test_folders_are_filled_beside_the_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
