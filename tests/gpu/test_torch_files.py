@@ -89,6 +89,21 @@ def test_loads_what_torch_saved_to_where_torch_would(
     alike(holdfast.torch.load(path, map_location=where), expected)
 
 
+@pytest.mark.parametrize("location", [None, "cuda", "cpu"])
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_sparse_tensors(torch: Any, tmp_path: Path, location: str | None, layout: str) -> None:
+    dense = torch.eye(40, device="cuda")
+    obj = {"x": dense.to_sparse() if layout == "coo" else dense.to_sparse_csr()}
+    torch.save(obj, tmp_path / "theirs.pt")
+    holdfast.save(obj, tmp_path / "ours.pt")
+    for name in ("theirs.pt", "ours.pt"):
+        expected = torch.load(tmp_path / name, map_location=location)["x"]
+        found = holdfast.load(tmp_path / name, location)["x"]
+        assert (found.device, found.layout) == (expected.device, expected.layout)
+        assert layout == "csr" or found.is_coalesced()
+        assert torch.equal(found.to_dense().cpu(), dense.cpu())
+
+
 @pytest.mark.parametrize("format", ["torch", "torch_legacy"])
 def test_torch_loads_what_is_saved(torch: Any, tmp_path: Path, format: str) -> None:
     path, obj = tmp_path / "x.pt", checkpoint(torch)

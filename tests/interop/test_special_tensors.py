@@ -16,6 +16,8 @@ from slow_machine import _Machine
 
 torch = pytest.importorskip("torch")
 
+from holdfast.adapters import _torch_special  # noqa: E402
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*[Ss]parse:UserWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
@@ -416,3 +418,14 @@ def test_what_needs_an_import_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     resolver = SafeResolver("torch", name="a.pt")
     with pytest.raises(UnsafeError, match=r"``torch\.distributed\.tensor`` must be imported"):
         resolver.find("torch.distributed.tensor", "DTensor")
+
+
+def test_indices_are_checked_on_the_device_that_they_are_on() -> None:
+    """The default one stands here for the host, where the indices are elsewhere."""
+    if not hasattr(torch.device, "__enter__"):
+        pytest.skip(f"torch {torch.__version__} has no default device")
+    right, wrong = torch.tensor([[0, 0, 2], [1, 3, 0]]), torch.tensor([[0, 0, 2], [3, 1, 0]])
+    with torch.device("meta"):
+        _torch_special._ascending(right)
+        with pytest.raises(ValueError, match="do not ascend"):
+            _torch_special._ascending(wrong)

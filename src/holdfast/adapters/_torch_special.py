@@ -176,7 +176,8 @@ def _coo(data: tuple[Any, ...]) -> torch.Tensor:
 
 def _ascending(indices: torch.Tensor) -> None:
     """Raise ValueError unless the columns of `indices` ascend, each one once."""
-    before = torch.zeros(max(indices.shape[1] - 1, 0), dtype=torch.bool)
+    count = max(indices.shape[1] - 1, 0)
+    before = torch.zeros(count, dtype=torch.bool, device=indices.device)
     equal = ~before
     for row in indices:
         before |= equal & (row[:-1] < row[1:])
