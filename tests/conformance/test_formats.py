@@ -14,7 +14,7 @@ from holdfast.dtypes import BY_NAME, DTYPES
 from holdfast.errors import ChecksumError, FormatError
 from holdfast.formats import archive, safetensors, torch_legacy, torch_zip
 from holdfast.layout import CHECKED, Index, Plan
-from holdfast.pickling import pickle_around
+from holdfast.pickling import Pickle, pickle_around
 from holdfast.views import TensorBatch, TensorView
 from torch_files import put
 
@@ -245,10 +245,16 @@ class PickleSuite(FormatSuite):
         found.pop("", None)  # a name made of no text is that of a tensor by itself
         return found
 
+    def pickled(self, obj: Any, refs: Refs) -> Pickle:
+        found, _ = pickle_around(
+            obj, lambda numpy: refs, frozenset({Ref}), frozenset(), legacy=self.legacy
+        )
+        return found
+
     def make(self, tensors: Tensors, **options: Any) -> tuple[Plan, bytes, TensorBatch]:
         views = self.views(tensors)
         obj = {name: Ref(row) for row, name in enumerate(tensors)}
-        found = pickle_around(obj, Refs(views), frozenset({Ref}), legacy=self.legacy)
+        found = self.pickled(obj, Refs(views))
         settings = {"framework": "numpy", "metadata": None, "checksum": True, "stem": "x"}
         plan = self.module.plan(
             found.keys, found.batch, **{**settings, "structure": found.data, **options}
@@ -276,7 +282,7 @@ class PickleSuite(FormatSuite):
         ways = iter([placed, part])
         refs.add = lambda ref: next(ways)  # type: ignore[method-assign]
         obj = {"a": whole, "b": Ref(0), "again": whole}
-        found = pickle_around(obj, refs, frozenset({Ref}), legacy=self.legacy)
+        found = self.pickled(obj, refs)
         plan = self.module.plan(
             found.keys, found.batch, framework=None, metadata=None, structure=found.data,
             checksum=False, stem="x",
