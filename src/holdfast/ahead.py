@@ -25,10 +25,23 @@ EXPECT_LEAST = 8 << 20
 #: ... and up to where the folios end that it is read by: neighbours that are taken one by one, with
 #: something small between them, are then one to the kernel again.
 FOLIO = 2 << 20
+#: Where a control group says how much memory its processes may have: of version 2, and of 1.
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def memory() -> int:
+    """How many bytes of memory this process may have: the machine's, or its control group's."""
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in LIMITS:
+        with contextlib.suppress(OSError, ValueError), open(path) as file:  # "max" is no number
+            most = min(most, int(file.read()))
+    return most
+
+
 #: ... and where it is no more than this. Of a larger file not all stays in memory, and who looks at
 #: rows of it here and there would have 4 MiB read for each, again and again. Nothing is marked
 #: where pages are not of 4 KiB: of 64 KiB (arm64), what is read at a time would be 512 MiB.
-EXPECT_MOST = os.sysconf("SC_PHYS_PAGES") * 4096 // 2 if os.sysconf("SC_PAGE_SIZE") == 4096 else 0
+EXPECT_MOST = memory() // 2 if os.sysconf("SC_PAGE_SIZE") == 4096 else 0
 
 
 def expect_all(maps: Maps) -> None:

@@ -148,3 +148,16 @@ def test_one_file_of_many(path: Path) -> None:
         for _ in range(50):
             ahead.expect(many, one)
     assert LARGE <= expected(path) < 2 * LARGE
+
+
+def test_memory_is_what_the_control_group_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "LIMITS", ())
+    machine = ahead.memory()
+    assert machine > 1 << 28
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(ahead, "LIMITS", (str(tmp_path / "none"), str(limit)))
+    for text, expected in (("max\n", machine), ("1048576\n", 1 << 20), (f"{1 << 63}", machine)):
+        limit.write_text(text)
+        assert ahead.memory() == expected
