@@ -99,6 +99,28 @@ def test_many_savers_at_once(save: Save, way: str, target: Path, listing: Listin
     assert listing() == ["target"]
 
 
+def test_no_saver_is_told_that_there_is_nothing_to_replace(target: Path, script: Script) -> None:
+    """The file that a path leads to may lose its name before it is looked at: to another saver."""
+    code = (
+        "import os, sys\n"
+        "from holdfast import _engine\n"
+        "children = []\n"
+        "for _ in range(3):\n"
+        "    children += [child] if (child := os.fork()) else []\n"
+        "    if not child:\n"
+        "        break\n"
+        "for _ in range(5000):\n"
+        "    with _engine.Publication(sys.argv[1]) as publication:\n"
+        "        publication.commit(False)\n"
+        "if child:\n"
+        "    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]\n"
+    )
+
+    script(code, target)
+
+    assert target.read_bytes() == b""
+
+
 def test_a_forked_child_removes_nothing(target: Path, script: Script) -> None:
     code = (
         "import errno, os, sys, warnings\n"
