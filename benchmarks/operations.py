@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -134,14 +135,14 @@ def measure(
 ) -> Iterator[Sample]:
     """Yield `samples` samples of each contender, in rounds.
 
-    Each round runs every contender once and begins with another one. Round 0 is not recorded: it
-    warms up what has to be, and there everything saved and loaded is compared, byte for byte,
-    with what it should be. A contender that fails is skipped with its reason from then on.
+    Each round runs every contender once, in an order of its own (the same in every run), so that
+    none always comes after the same other one. Round 0 is not recorded: it warms up what has to
+    be, and there everything saved and loaded is compared, byte for byte, with what it should be.
+    A contender that fails is skipped with its reason from then on.
     """
     field = entrants(material, operation, directory, skipped, only)
     for number in range(samples + 1):
-        start = number % len(field) if field else 0
-        for entrant in field[start:] + field[:start]:
+        for entrant in random.Random(number).sample(field, len(field)):
             try:
                 sample = _once(material, operation, entrant, number)
             except Exception as error:  # whatever a rival raises: say so and go on with the others
