@@ -7,9 +7,6 @@
 #include "hold.h"
 #include "sys.h"
 
-/* Of openat2: no magic links (those of /proc), no symbolic links, nothing outside the folder. */
-enum { NO_MAGIC = 0x02, NO_LINKS = 0x04, BENEATH = 0x08 };
-
 bool hold_path_plain(const char *path)
 {
     for (;;) {
@@ -66,7 +63,7 @@ int hold_beneath_open(int dirfd, const char *path, int flags, mode_t mode, bool 
         return HOLD_ERULE;
     if (links)
         return HOLD_RETRY(hold_sys_openat(dirfd, path, flags, 0));
-    const uint64_t rules = NO_MAGIC | NO_LINKS | BENEATH;
+    const uint64_t rules = HOLD_NO_MAGIC | HOLD_NO_LINKS | HOLD_BENEATH;
     const int fd = HOLD_RETRY(hold_sys_openat2(dirfd, path, flags, mode, rules));
     switch (fd) {
     case -ENOSYS:

@@ -237,7 +237,8 @@ typedef struct hold_publication hold_publication;
  * Begin to publish `path` (a symbolic link is followed: the file it points to is replaced, or
  * created). EISDIR if it is a directory, EACCES if it is a file that this process may not write,
  * ESPIPE if it is there and neither (a FIFO, a device, a socket, or what /proc leads to and has no
- * name: a file that was removed, memory): such a one is written in place, as a stream. The directory is held open: later renames and chdir() change nothing.
+ * name: a file that was removed, memory): such a one is written in place, as a stream. The
+ * directory is held open: later renames and chdir() change nothing.
  * On success *out is owned by the caller, who ends it with hold_publish_commit or _abort.
  */
 int hold_publish_begin(const char *path, hold_publication **out);

@@ -120,7 +120,7 @@ int hold_place_is(const hold_place *place, const char *name, int fd)
         rc = HOLD_RETRY(hold_sys_fstatat(place->dirfd, name, &named, AT_SYMLINK_NOFOLLOW));
     if (rc < 0)
         return rc == -ENOENT ? 0 : rc;
-    return file.st_nlink > 0 && file.st_dev == named.st_dev && file.st_ino == named.st_ino;
+    return file.st_nlink > 0 && hold_same_file(&file, &named);
 }
 
 void hold_place_temp(const hold_place *place, unsigned k, char out[HOLD_TEMP_SIZE])

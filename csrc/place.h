@@ -29,6 +29,11 @@ typedef struct hold_place {
     char name[NAME_MAX + 1];
 } hold_place;
 
+static inline bool hold_same_file(const struct stat *a, const struct stat *b)
+{
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
 /*
  * Find where `path` leads, through symbolic links. `folder`: it is to be one, so that slashes may
  * follow, and "." or ".." give -EBUSY; else those and slashes give -EISDIR. A link of another user's

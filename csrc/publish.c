@@ -7,8 +7,6 @@
 #include "rights.h"
 #include "sys.h"
 
-#define NO_MAGIC 0x02 /* of openat2: no links of /proc */
-
 struct hold_publication {
     hold_place place;
     hold_draft draft;
@@ -25,11 +23,6 @@ static int check_kind(const struct stat *st)
     return S_ISREG(st->st_mode) ? 0 : -ESPIPE;
 }
 
-static bool same_file(const struct stat *a, const struct stat *b)
-{
-    return a->st_ino == b->st_ino && a->st_dev == b->st_dev;
-}
-
 /*
  * Whether a path leads, by a link of /proc, to a file without a name. What another saver is just
  * taking the name from has none either; that is found by its name, and in the next moment another is.
@@ -38,7 +31,7 @@ static bool is_nameless(const char *path, const struct stat *st)
 {
     if (st->st_nlink)
         return false;
-    const int fd = HOLD_RETRY(hold_sys_openat2(AT_FDCWD, path, O_PATH, 0, NO_MAGIC));
+    const int fd = HOLD_RETRY(hold_sys_openat2(AT_FDCWD, path, O_PATH, 0, HOLD_NO_MAGIC));
     if (fd >= 0)
         (void)hold_sys_close(fd);
     return fd == -ELOOP || fd == -ENOSYS || fd == -EPERM; /* or the kernel does not tell */
@@ -58,7 +51,7 @@ static int find_writable_target(hold_publication *self, const char *path)
     rc = hold_place_find(path, false, &self->place, &self->old.st);
     self->existed = rc == 1;
     /* A file that has no name any more, or never had one, is none that can be replaced. */
-    if (nameless && !(self->existed && same_file(&st, &self->old.st)))
+    if (nameless && !(self->existed && hold_same_file(&st, &self->old.st)))
         return -ESPIPE;
     if (rc <= 0)
         return rc;

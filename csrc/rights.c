@@ -80,7 +80,7 @@ static int give_acl(int fd, const hold_rights *model, int i)
     return rc < 0 ? rc : 1;
 }
 
-/* *same is whether owner and group are the model's, and were so before. */
+/* Owner and group of the model, as far as they can be had; which mode goes with what there is then. */
 static mode_t give_owner(int fd, const struct stat *now, const struct stat *model)
 {
     mode_t mode = model->st_mode & 07777;

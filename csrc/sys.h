@@ -41,7 +41,9 @@
 
 /* Files and descriptors. O_CLOEXEC is added to the flags of hold_sys_openat and -openat2. */
 int hold_sys_openat(int dirfd, const char *path, int flags, mode_t mode);
-/* With RESOLVE_* rules for the way there (Linux 5.6, -ENOSYS before). mode: 0 without O_CREAT. */
+/* The way there: no magic links (those of /proc), no symbolic links, nothing outside the folder. */
+enum { HOLD_NO_MAGIC = 0x02, HOLD_NO_LINKS = 0x04, HOLD_BENEATH = 0x08 };
+/* With such rules (RESOLVE_*; Linux 5.6, -ENOSYS before). mode: 0 without O_CREAT. */
 int hold_sys_openat2(int dirfd, const char *path, int flags, mode_t mode, uint64_t resolve);
 int hold_sys_close(int fd);
 int hold_sys_fcntl(int fd, int cmd, long arg);
