@@ -40,7 +40,9 @@ class Operation:
         Keys of ``Contender.actions``; a contender takes part with the first that it has.
     state : str
         What holds before it is timed: ``"saved"``: no file, nothing waiting to be written;
-        ``"warm"``: the file wholly in the page cache; ``"cold"``: none of it.
+        ``"replaced"``: its file, nothing waiting to be written; ``"warm"``: the file wholly in the
+        page cache; ``"cold"``: none of it; ``"again"``: what is there since the same was done to
+        it cold.
     touched : bool
         Whether a byte of every page is read within the time, where the workload agrees.
     one : bool
@@ -61,12 +63,16 @@ class Operation:
 OPERATIONS: tuple[Operation, ...] = (
     Operation("save-durable", "save, fsync of file and directory", ("save-durable",), "saved"),
     Operation("save", "save, no fsync", ("save",), "saved", fills=True),
+    Operation("save-over", "save over its file, no fsync", ("save",), "replaced", fills=True),
     Operation("load-eager", "load into memory, warm", ("load", "copy"), "warm", True, fills=True),
     Operation("load-mapped", "load mapped, warm", ("load-mapped",), "warm", True),
     Operation(
         "load-cold", "load into memory, cold", ("load", "load-uncached"), "cold", True, fills=True
     ),
     Operation("load-cold-mapped", "load mapped, cold", ("load-mapped",), "cold", True, fills=True),
+    Operation(
+        "load-mapped-again", "load mapped, after a cold one", ("load-mapped",), "again", True
+    ),
     Operation("open-one", "open and read one tensor, warm", ("one",), "warm", one=True),
 )
 NAMES = tuple(operation.name for operation in OPERATIONS)
@@ -179,6 +185,8 @@ def _once(material: Material, operation: Operation, entrant: Entrant, number: in
     job, act = entrant.job, entrant.contender.actions[entrant.action]
     touched = operation.touched and material.workload.touched
     details = _prepare(operation, entrant, material)
+    if operation.state == "again":
+        touch(act(job))
     gc.collect()
     if operation.fills:
         limits.level(material.nbytes)
@@ -217,6 +225,12 @@ def _prepare(operation: Operation, entrant: Entrant, material: Material) -> dict
         return {}
     if not entrant.contender.file:
         return {}
+    if operation.state == "replaced":
+        if not path.exists():
+            entrant.contender.actions[entrant.action](entrant.job)
+        os.sync()
+        time.sleep(SETTLE)
+        return {}
     if not path.exists():
         author = writer(entrant.contender.file)
         author.actions["save"](Job(material.view(author.framework), path, material.one))
@@ -235,7 +249,7 @@ def _problems(operation: Operation, entrant: Entrant, result: Any) -> list[str]:
     job = entrant.job
     if operation.one:
         return check(Job(job.obj[job.one], job.path, job.one), result)
-    if operation.state == "saved":
+    if operation.state in ("saved", "replaced"):
         result = _read_back(entrant)
     return check(job, result)
 

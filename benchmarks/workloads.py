@@ -15,7 +15,10 @@ from .objects import map_tensors, tensors
 
 Shapes = dict[str, tuple[int, ...]]
 
-TIMED = ("save-durable", "save", "load-eager", "load-mapped", "load-cold", "load-cold-mapped")
+TIMED = (
+    *("save-durable", "save", "save-over"),
+    *("load-eager", "load-mapped", "load-cold", "load-cold-mapped", "load-mapped-again"),
+)
 MEMORY = ("memory-save", "memory-fill")
 
 

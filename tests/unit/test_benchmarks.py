@@ -231,6 +231,32 @@ def test_saves_leave_no_file(tmp_path: Path, quiet: pytest.MonkeyPatch) -> None:
     assert (len(found), skips, list(tmp_path.iterdir())) == (1, [], [])
 
 
+def test_what_is_saved_over_is_there(tmp_path: Path, quiet: pytest.MonkeyPatch) -> None:
+    there: list[bool] = []
+
+    def save(job: Job) -> None:
+        there.append(job.path.exists())
+        good_save(job)
+
+    found, skips = run_loop([tiny(save, good_load)], "save-over", tmp_path, 2, quiet)
+    assert (len(found), skips) == (2, [])
+    assert there == [False, True, True, True]
+
+
+def test_loaded_again_is_loaded_after_a_cold_one(tmp_path: Path, quiet: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def load(job: Job) -> Any:
+        calls.append("load")
+        return good_load(job)
+
+    quiet.setattr(operations.pagecache, "drop", lambda path: calls.append("drop") or 0.0)
+    field = [Contender("tiny", "rival", "numpy", "f", {"save": good_save, "load-mapped": load})]
+    found, skips = run_loop(field, "load-mapped-again", tmp_path, 2, quiet)
+    assert (len(found), skips) == (2, [])
+    assert calls == ["drop", "load", "load"] * 3
+
+
 def test_not_cold_is_said_and_not_measured(tmp_path: Path, quiet: pytest.MonkeyPatch) -> None:
     quiet.setattr(operations.pagecache, "drop", lambda path: 0.5)
     found, skips = run_loop([tiny(good_save, good_load)], "load-cold", tmp_path, 1, quiet)
