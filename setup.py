@@ -65,6 +65,7 @@ def extension(
 extensions = [
     extension("holdfast._buffer", []),
     extension("holdfast._engine", ENGINE),
+    extension("holdfast._dicts", []),
     extension("holdfast.formats._header", HEADER),
     extension("holdfast.formats._zip", ZIP),
     extension("holdfast.formats._crc", ["crc", "crc_x86"]),

@@ -54,8 +54,8 @@ def _expect(items: list[Any], *kinds: type) -> list[Any]:
 class _Run(NamedTuple):
     """All keys, which are names of tensors, and all values of a dict."""
 
-    keys: Sequence[str]
-    values: Sequence[Any]
+    keys: list[str]
+    values: list[Any]
 
 
 class Decoder:
@@ -63,11 +63,11 @@ class Decoder:
 
     Parameters
     ----------
-    tensors : sequence, or callable of (int, str or None)
+    tensors : list, or callable of (int, str or None)
         The tensor at a position of the header, with the kind that the tree gives it. A callable is
-        asked once for each position and kind, so that ties come back as one tensor; a sequence
+        asked once for each position and kind, so that ties come back as one tensor; a list
         knows nothing of kinds.
-    names : sequence of str
+    names : list of str
         Of the stored tensors, in header order.
     decoders : mapping of str to callable
         What makes a framework's value from its payload, by tag.
@@ -79,8 +79,8 @@ class Decoder:
 
     def __init__(
         self,
-        tensors: Sequence[Any] | Callable[[int, str | None], Any],
-        names: Sequence[str],
+        tensors: list[Any] | Callable[[int, str | None], Any],
+        names: list[str],
         decoders: Mapping[str, Callable[[Any], Any]],
         unblob: Callable[[Any], bytes],
         name: str,
@@ -94,7 +94,7 @@ class Decoder:
         self._left = len(names)
         self._stack: list[tuple[list[Any], int, list[Any], bool]] = []
         self._ask = tensors if callable(tensors) else None
-        self._tensors: Sequence[Any] = () if callable(tensors) else tensors
+        self._tensors: list[Any] = [] if callable(tensors) else tensors
 
     def decode(self, tree: Node) -> Any:
         """The object; see :func:`holdfast.tree.decode_tree`."""
@@ -190,7 +190,7 @@ class Decoder:
         items[base::2] = keys
         items[base + 1 :: 2] = values
 
-    def _take(self, positions: range, kind: str | None) -> Sequence[Any]:
+    def _take(self, positions: range, kind: str | None) -> list[Any]:
         """The tensors at some positions, each asked for once."""
         ask = self._ask
         if ask is None:
@@ -247,6 +247,10 @@ def _build_mapping(tag: str, items: list[Any]) -> Any:
     values: Sequence[Any]
     if items and type(items[-1]) is _Run:
         keys, values = items[-1]
+        if tag == "dict":
+            from ._dicts import from_lists
+
+            return _counted(from_lists(keys, values), keys)
     elif len(items) < skip or (len(items) - skip) % 2:
         raise ValueError("a key without a value")
     else:
@@ -267,6 +271,10 @@ def _build_mapping(tag: str, items: list[Any]) -> Any:
         if not isinstance(items[0], (str, type(None))) or items[0] not in FACTORIES:
             raise ValueError("not a known default factory")
         made = defaultdict(FACTORIES[items[0]], pairs)
+    return _counted(made, keys)
+
+
+def _counted(made: dict[Any, Any], keys: Sequence[Any]) -> dict[Any, Any]:
     if len(made) != len(keys):
         raise ValueError("two equal keys")
     return made

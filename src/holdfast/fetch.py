@@ -49,7 +49,7 @@ ARENA = 4 << 20
 ALIGN = 64
 DEVICE_ALIGN = 256
 
-_UNITS = np.array([row.unit for row in DTYPES], np.uint64)
+_MASKS = np.array([row.unit - 1 for row in DTYPES], np.uint64)
 
 Progress = Callable[[int], object]
 
@@ -103,9 +103,9 @@ def segments_of(index: Index, rows: np.ndarray) -> np.ndarray:
     ndarray of SEGMENT, shape (len(rows),)
         Address 0, which in a read means: compute the checksum only.
     """
-    segments = np.zeros(len(rows), SEGMENT)
+    segments, entries = np.zeros(len(rows), SEGMENT), index.some(rows)
     for column in ("offset", "nbytes", "file"):
-        segments[column] = index.entries[column][rows]
+        segments[column] = entries[column]
     return segments
 
 
@@ -141,13 +141,14 @@ def map_tensors(
         which = storages.used(index, rows)
         found = storages.map_storages(source, index, which, maps, _place, move, aligned=aligned)
         return storages.view_entries(index, found, rows)
-    batch = _batch(index, rows)
-    offset, file = index.entries["offset"][rows], index.entries["file"][rows]
+    entries = index.some(rows)
+    batch = _batch(index, entries)
+    offset, file = entries["offset"], entries["file"]
     batch.views["address"], batch.owner = maps.place(offset, file)
     batch.owners = list(maps.buffers)
     stray = np.zeros(len(rows), bool)
     if aligned:
-        stray = offset % _UNITS[batch.views["dtype"]] != 0
+        stray = offset & _MASKS[batch.views["dtype"]] != 0
     mapped = maps.has(file)
     if mapped is not None:
         stray |= ~mapped
@@ -198,7 +199,7 @@ def read_tensors(
             progress=progress,
         )
         return storages.view_entries(index, found, rows)
-    batch = _batch(index, rows)
+    batch = _batch(index, index.some(rows))
     nbytes = batch.views["nbytes"].astype(np.int64)
     place = _place if to is None else to.place
     batch.views["address"], batch.owner, batch.owners = place(nbytes)
@@ -216,7 +217,7 @@ def blank_tensors(index: Index, rows: np.ndarray) -> TensorBatch:
     if index.storages is not None:
         found = storages.blank(index, storages.used(index, rows), _place)
         return storages.view_entries(index, found, rows)
-    batch = _batch(index, rows)
+    batch = _batch(index, index.some(rows))
     nbytes = batch.views["nbytes"].astype(np.int64)
     batch.views["address"], batch.owner, batch.owners = _place(nbytes)
     return batch
@@ -392,11 +393,11 @@ def mismatch(name: str, index: Index, row: int, found: int) -> str:
     )
 
 
-def _batch(index: Index, rows: np.ndarray) -> TensorBatch:
+def _batch(index: Index, entries: np.ndarray) -> TensorBatch:
     """Columns of these entries, their addresses still to be filled in."""
-    views = np.zeros(len(rows), VIEW)
+    views = np.zeros(len(entries), VIEW)
     for column in ("nbytes", "dims", "dtype", "ndim"):
-        views[column] = index.entries[column][rows]
+        views[column] = entries[column]
     views["flags"] = DENSE
     return TensorBatch(views=views, dims=index.dims, owners=[])
 

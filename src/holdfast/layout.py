@@ -246,6 +246,14 @@ class Index:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def some(self, rows: np.ndarray) -> np.ndarray:
+        """Those `entries` that are asked for: a copy, or themselves if they all are, in order."""
+        n = len(self.entries)
+        if len(rows) == n and np.array_equal(rows, np.arange(n)):
+            return self.entries
+        found: np.ndarray = self.entries[rows]
+        return found
+
     def dtype(self, i: int) -> DType:
         """Element type of entry `i`."""
         return DTYPES[int(self.entries[i]["dtype"])]

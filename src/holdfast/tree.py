@@ -161,8 +161,8 @@ def encode_tree(flat: Flat, *, position: Sequence[int], kinds: Mapping[int, str]
 
 def decode_tree(
     tree: Any,
-    tensors: Sequence[Any] | Callable[[int, str | None], Any],
-    names: Sequence[str],
+    tensors: list[Any] | Callable[[int, str | None], Any],
+    names: list[str],
     codecs: Iterable[Codec],
     *,
     name: str,
@@ -174,11 +174,11 @@ def decode_tree(
     ----------
     tree : object or None
         As parsed from JSON, trusted in nothing; None for a flat dict.
-    tensors : sequence, or callable of (int, str or None)
+    tensors : list, or callable of (int, str or None)
         The tensor at a position of the header. A callable is given the kind too, and asked once
-        for each position and kind, so that ties come back as one tensor; a sequence is for
+        for each position and kind, so that ties come back as one tensor; a list is for
         tensors without kinds, and ignores them.
-    names : sequence of str
+    names : list of str
         Of the stored tensors, in header order.
     codecs : iterable of Codec
     name : str

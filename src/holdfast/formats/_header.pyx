@@ -24,6 +24,8 @@ cdef extern from "sys/random.h" nogil:
 
 cdef extern from "Python.h":
     const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except NULL
+    str PyUnicode_New(Py_ssize_t length, Py_UCS4 largest)
+    void *PyUnicode_DATA(object text)
 
 
 # What Python calls the codes.
@@ -116,6 +118,15 @@ class Fault(Exception):
 
 
 cdef str _decode(const hold_text *text):
+    cdef size_t i
+    cdef uint8_t every = 0
+    cdef str made
+    for i in range(text.length):
+        every |= text.data[i]
+    if every < 0x80 and text.length > 1:  # as nearly all are; of short ones there are singletons
+        made = PyUnicode_New(<Py_ssize_t>text.length, 0x7F)
+        memcpy(PyUnicode_DATA(made), text.data, text.length)
+        return made
     return PyUnicode_DecodeUTF8(<const char *>text.data, <Py_ssize_t>text.length, NULL)
 
 
