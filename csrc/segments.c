@@ -8,9 +8,9 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#define STEP_MAX ((uint64_t)8 << 20)
+#define STEP_MAX ((uint64_t)4 << 20)
 #define STEP_MIN ((uint64_t)1 << 20)
-#define BUFFERS_MAX ((uint64_t)32 << 20) /* of all workers together: one step each */
+#define BUFFERS_MAX ((uint64_t)48 << 20) /* of all workers together: one step each */
 
 int hold_segments_check(const hold_segment *segments, size_t n, size_t nfiles, bool gaps,
                         bool addressless, hold_report *report)

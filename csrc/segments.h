@@ -47,8 +47,8 @@ void hold_plan_free(hold_plan *plan);
 void hold_plan_join_crcs(const hold_plan *plan, hold_segment *segments);
 
 /*
- * The step for so many bytes and workers: a power of two, 8 MiB at most, so that every worker gets
- * more than one chunk where there is enough, and buffers of a step each stay within 32 MiB.
+ * The step for so many bytes and workers: a power of two, 4 MiB at most, so that every worker gets
+ * more than one chunk where there is enough, and buffers of a step each stay within 48 MiB.
  */
 uint64_t hold_plan_step(uint64_t nbytes, int workers);
 

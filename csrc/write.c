@@ -17,7 +17,9 @@
 #define FOLIO ((uint64_t)2 << 20)        /* written at a time through the page cache */
 #define PROBE ((uint64_t)64 << 20)       /* written at once to learn how fast a way is ... */
 #define BATCH ((uint64_t)192 << 20)      /* ... and before it is judged again */
-#define DIRECT_WORKERS 6
+#define DIRECT_WORKERS 12  /* a device is as fast as it has bytes to write: 4 MiB from each ... */
+#define DIRECT_FEW 6       /* ... and if it is less than MANY altogether, from these */
+#define MANY ((uint64_t)96 << 20)
 #define BUFFERED_WORKERS 2
 
 typedef struct {
@@ -229,6 +231,18 @@ static int preallocate(writer *w, uint64_t end, uint64_t size, uint64_t found)
     return rc < 0 ? rc : 0;
 }
 
+static int buffered_workers(const hold_options *options)
+{
+    return options->threads > 0 ? options->threads : BUFFERED_WORKERS;
+}
+
+static int direct_workers(const writer *w, const hold_options *options)
+{
+    if (options->threads > 0)
+        return options->threads;
+    return w->plan.nbytes < MANY ? DIRECT_FEW : DIRECT_WORKERS;
+}
+
 static int set_direct(writer *w, int flags, bool direct)
 {
     int rc = HOLD_RETRY(hold_sys_fcntl(w->fd, F_SETFL, direct ? flags | O_DIRECT : flags));
@@ -265,9 +279,9 @@ static int put_faster(writer *w, size_t first, size_t stop, int flags, const hol
         if (rc)
             return rc;
         direct = atomic_load(&w->direct);
-        int workers = direct ? DIRECT_WORKERS : BUFFERED_WORKERS;
         double begun = seconds();
-        rc = hold_job_run(&w->job, first, next, options->threads > 0 ? options->threads : workers);
+        rc = hold_job_run(&w->job, first, next,
+                          direct ? direct_workers(w, options) : buffered_workers(options));
         if (rc)
             return rc;
         uint64_t moved = w->plan.chunks[next - 1].end - w->plan.chunks[first].begin;
@@ -289,7 +303,7 @@ static int put_faster(writer *w, size_t first, size_t stop, int flags, const hol
 static int put_all(writer *w, const hold_options *options, bool direct, const uint64_t cuts[2])
 {
     size_t first = 0, stop = w->plan.n;
-    int workers = options->threads > 0 ? options->threads : BUFFERED_WORKERS;
+    int workers = buffered_workers(options);
     if (!direct)
         return hold_job_run(&w->job, 0, stop, workers);
     if (stop && w->plan.chunks[0].end == cuts[0])
@@ -312,7 +326,7 @@ static int put_all(writer *w, const hold_options *options, bool direct, const ui
         if (rc)
             return rc;
         if (atomic_load(&w->direct))
-            workers = options->threads > 0 ? options->threads : DIRECT_WORKERS;
+            workers = direct_workers(w, options);
         done = hold_job_run(&w->job, first, stop, workers);
         w->report->direct = atomic_load(&w->direct);
     }
@@ -365,8 +379,7 @@ int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *opt
     rc = begin_write(&w, options, &direct, cuts);
     if (rc)
         return rc;
-    uint64_t step =
-        hold_plan_step(w.plan.nbytes, options->threads > 0 ? options->threads : DIRECT_WORKERS);
+    uint64_t step = hold_plan_step(w.plan.nbytes, direct_workers(&w, options));
     rc = hold_plan_make(segments, n, false, step, cuts, options->checksum, &w.plan);
     if (rc)
         return rc;
