@@ -142,14 +142,14 @@ FAKE = _Fake("cupy")
 def _no_devices() -> Iterator[None]:
     before = FAKE.cuda.runtime.getDeviceCount
 
-    def count() -> int:
+    def refuse(*_: object) -> Any:
         raise CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
 
-    FAKE.cuda.runtime.getDeviceCount = count
+    FAKE.cuda.runtime.getDeviceCount = FAKE.array = refuse
     try:
         yield
     finally:
-        FAKE.cuda.runtime.getDeviceCount = before
+        FAKE.cuda.runtime.getDeviceCount, FAKE.array = before, array
 
 
 def make() -> Any:

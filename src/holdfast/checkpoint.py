@@ -106,8 +106,9 @@ class Checkpoint(Mapping[str, Any]):
         self._location = location = said_of(index, location)
         self._adapter = adapters.choose(framework, index.framework)
         self._forced = framework is not None
-        # Asked for once, not for every tensor; some frameworks have no memory but a device's.
-        self._elsewhere = location is not None or self._adapter.destination(None) != 0
+        # Asked for once, not for every tensor, but not before one is wanted: some frameworks have
+        # no memory but a device's, and names are to be had without any device.
+        self._elsewhere: bool | None = True if location is not None else None
         self._mapped = self._reader.source.local
         if self._mapped and isinstance(self._reader.source, FolderSource):
             # Its files are opened by name, and may be gone when they are wanted: see FolderSource.
@@ -235,6 +236,8 @@ class Checkpoint(Mapping[str, Any]):
 
     def _destination(self, rows: np.ndarray) -> Destination | None:
         """The devices that these entries are read to; None for the memory of the host alone."""
+        if self._elsewhere is None:
+            self._elsewhere = self._adapter.destination(None) != 0
         if not self._elsewhere or self._dequantize or self._adapter.dataless(self._location):
             return None
         return destination(

@@ -63,7 +63,7 @@ def destination(
         framework: what passes once, what is not in the file as it will be in memory, and what
         `location` says by means that only the framework understands.
     """
-    if not source.repeatable:
+    if not source.repeatable or not len(rows):
         return None
     find = _by_entries if index.storages is None else _by_storages
     devices = find(index, rows, adapter, location, kinds, forced)

@@ -164,7 +164,9 @@ class CupySuite(AdapterSuite):
         for location in (None, "cuda", "cuda:0", "gpu:0", 0, self.cupy.cuda.Device(0)):
             assert self.adapter.place(array, location) is array, location
             assert self.adapter.destination(location) == device_code(2, 0), location
-        assert self.adapter.destination("cuda:99") == self.adapter.destination(99) == 0
+        for location in ("cuda:99", 99):
+            with pytest.raises(RuntimeError, match=r"map_location=.*99.*CuPy has \d+ CUDA devices"):
+                self.adapter.destination(location)
         for location in ("cpu", "cuda:x"):
             with pytest.raises(ValueError, match="framework='numpy'"):
                 self.adapter.place(array, location)
@@ -236,7 +238,9 @@ class TestStandIn(CupySuite):
 
     def test_no_device_and_rocm(self) -> None:
         with self.cupy.no_devices():
-            assert self.adapter.destination(None) == self.adapter.destination("cuda:0") == 0
+            for location in (None, "cuda:0"):
+                with pytest.raises(RuntimeError, match=r"cannot load to.*cudaErrorNoDevice.*numpy"):
+                    self.adapter.destination(location)
         self.cupy.cuda.runtime.is_hip = True
         assert self.adapter.destination(None) == 0
         batch, kinds = self.adapter.describe([self.make(np.arange(3.0))], ["x"])
@@ -257,6 +261,29 @@ class TestStandIn(CupySuite):
                 assert type(back["w"]) is self.cupy.ndarray
                 assert np.array_equal(back["w"].get(), tree["w"])
                 assert back["w"].device.id == (1 if location else 0)
+
+    def test_files_without_a_device(self, tmp_path: Path) -> None:
+        """Refused before anything is read; what has no tensors needs no device."""
+        holdfast.save({"w": np.ones(4)}, tmp_path / "x")
+        holdfast.save({"step": 7}, tmp_path / "none")
+        data = bytearray((tmp_path / "x").read_bytes())
+        data[-1] ^= 1  # would be seen if it was read
+        (tmp_path / "x").write_bytes(data)
+        holdfast.save({"w": np.ones(4)}, tmp_path / "x.npz")
+        holdfast.save({"w": np.ones(4)}, tmp_path / "x.pt")
+        with self.cupy.no_devices():
+            for name in ("x.npz", "x.pt"):
+                with pytest.raises(RuntimeError, match=r"cudaErrorNoDevice.*framework='numpy'"):
+                    holdfast.load(tmp_path / name, framework="cupy")
+            for location in (None, "cuda:1"):
+                with pytest.raises(RuntimeError, match="cudaErrorNoDevice"):
+                    holdfast.load(tmp_path / "x", location, mmap=False, framework="cupy")
+            assert holdfast.load(tmp_path / "none", framework="cupy") == {"step": 7}
+            with holdfast.open(tmp_path / "x", framework="cupy") as f:
+                assert f.keys() == {"w"}
+                assert f.info("w").shape == (4,)
+                with pytest.raises(RuntimeError, match="cudaErrorNoDevice"):
+                    f["w"]
 
     def test_frameworks_do_not_mix_in_files_of_torch(self, tmp_path: Path) -> None:
         torch = pytest.importorskip("torch")

@@ -107,8 +107,11 @@ class CupyAdapter:
             else:
                 host.append(i)
         if host:
-            for i, array in zip(host, NUMPY.wrap(batch.take(host), {}), strict=True):
-                arrays[i] = cupy.array(array)
+            try:
+                for i, array in zip(host, NUMPY.wrap(batch.take(host), {}), strict=True):
+                    arrays[i] = cupy.array(array)
+            except cupy.cuda.runtime.CUDARuntimeError as error:
+                raise _unusable(error) from error
         return arrays
 
     def _over(self, view: TensorView) -> Any:
@@ -137,6 +140,8 @@ class CupyAdapter:
                     f"{row.name}: CuPy {cupy.__version__} has no such type; framework='torch' or "
                     "'jax' has"
                 ) from None
+            except cupy.cuda.runtime.CUDARuntimeError as error:
+                raise _unusable(error) from error
             self._made[row.code] = dtype
         return self._made[row.code]
 
@@ -203,14 +208,24 @@ class CupyAdapter:
         return found if part is None else found[part[0] : part[0] + part[1]]
 
     def destination(self, location: Any) -> int:
-        """The code of a CUDA device; of the current one where `location` is None."""
+        """The code of a CUDA device; of the current one where `location` is None.
+
+        Raises
+        ------
+        RuntimeError
+            There is no such device: said before anything is read.
+        """
         if cupy.cuda.runtime.is_hip or not (location is None or _is_device(location)):
             return 0
         try:
             number, count = _number(location), cupy.cuda.runtime.getDeviceCount()
-        except cupy.cuda.runtime.CUDARuntimeError:
-            return 0  # no device at all, as making an array will say
-        return device_code(_CUDA, number) if number < count else 0
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise _unusable(error) from error
+        if number >= count:
+            raise RuntimeError(
+                f"map_location={location!r}: CuPy has {count} CUDA devices, no number {number}"
+            )
+        return device_code(_CUDA, number)
 
     def place(self, tensor: Any, location: Any) -> Any:
         """`tensor` on a device, of which nothing but its number counts.
@@ -256,6 +271,14 @@ class CupyAdapter:
 
     def changing(self, tensors: Sequence[Any]) -> None:
         """Nothing: arrays do not count their changes."""
+
+
+def _unusable(error: Exception) -> RuntimeError:
+    """The error for a device that is not there, or is not to be used."""
+    return RuntimeError(
+        f"CuPy {cupy.__version__} cannot load to a CUDA device: {error}; framework='numpy' loads "
+        "arrays of the host"
+    )
 
 
 def _row(array: Any, name: str) -> DType:
