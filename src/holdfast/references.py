@@ -54,7 +54,7 @@ class RefAdapter:
         members: dict[str, Any] = {"__slots__": ()}
         if name == "numpy":  # where arrays are no tensors, they are pickled as the arrays they are
             members["__reduce_ex__"] = lambda ref, way: self._array(ref).__reduce_ex__(way)
-        self.ref = type("Ref", (Ref,), members)
+        self.ref = type("tensor", (Ref,), members)  # as messages call it
         self.plain_types: frozenset[type] = frozenset({self.ref})
         self.copied: list[int] = []
         self._index = index

@@ -207,6 +207,9 @@ def test_convert_of_what_is_not_flat(tmp_path: Path) -> None:
     holdfast.save({"model": {"w": np.zeros(3)}, "epoch": 3}, tmp_path / "x.pt")
     with pytest.raises(TypeError, match=r"\$\['model'\]: a dict; this format holds a flat dict"):
         holdfast.convert(tmp_path / "x.pt", tmp_path / "x.npz")
+    holdfast.save(np.zeros(3), tmp_path / "one")
+    with pytest.raises(TypeError, match=r"\$: a tensor; this format holds a flat dict of arrays"):
+        holdfast.convert(tmp_path / "one", tmp_path / "x.npz")
     assert not (tmp_path / "x.npz").exists()
 
 
