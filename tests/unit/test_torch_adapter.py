@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import holdfast  # noqa: E402
 from holdfast import _engine  # noqa: E402
 from holdfast.adapters.torch import TorchAdapter  # noqa: E402
 from holdfast.dtypes import BY_NAME  # noqa: E402
@@ -261,6 +262,17 @@ def test_place(adapter: TorchAdapter) -> None:
     leaf = torch.zeros(2, requires_grad=True)
     moved = adapter.place(leaf, "meta")
     assert (type(moved), moved.requires_grad, moved.is_leaf) == (torch.Tensor, True, True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_torch_has_not_got(tmp_path: Path) -> None:
+    """PyTorch that was not built for it fails an assertion, which is no error of the caller's."""
+    holdfast.save({"w": torch.zeros(2)}, tmp_path / "x")
+    with pytest.raises(RuntimeError, match="CUDA"):
+        holdfast.load(tmp_path / "x", map_location="cuda")
+    if torch.version.cuda is None:
+        with pytest.raises(RuntimeError, match="map_location='cuda:1': .*'cpu' loads to the host"):
+            holdfast.load(tmp_path / "x", map_location=torch.device("cuda:1"))
 
 
 # -- modules

@@ -170,7 +170,12 @@ class TorchAdapter:
             found = location(tensor, "cpu")
             return tensor if found is None else found
         # The type and the gradient's flag survive, unlike in tensor.to().
-        moved = tensor.detach().to(location)
+        try:
+            moved = tensor.detach().to(location)
+        except AssertionError as error:  # "Torch not compiled with CUDA enabled"
+            raise RuntimeError(
+                f"map_location={str(location)!r}: {error}; map_location='cpu' loads to the host"
+            ) from error
         if moved.device == tensor.device:
             return tensor
         if isinstance(tensor, torch.nn.Parameter):
