@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from holdfast import _engine, adapters, objects
+from holdfast import _engine, adapters, objects, tree
 from holdfast.collect import collect
 from holdfast.dtypes import BY_NAME
 from holdfast.formats import safetensors
@@ -176,6 +176,19 @@ def test_flatten_a_training_checkpoint(benchmark: Benchmark, tensors: dict[str, 
     }
     flat, _ = benchmark(objects.flatten, checkpoint)
     assert len(flat.names) == COUNT
+
+
+def test_decode_a_flat_dict(benchmark: Any, tensors: dict[str, Any]) -> None:
+    """Of names that were never hashed, as those of a header are."""
+    values = list(tensors.values())
+
+    def fresh() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        names = [name.encode().decode() for name in tensors]
+        return (None, values, names, ()), {"name": "x"}
+
+    made = benchmark.pedantic(tree.decode_tree, setup=fresh, rounds=100)
+    assert list(made) == list(tensors)
+    assert made["layers.7.weight"] is values[7]
 
 
 # ---- publishing -------------------------------------------------------------------------------
