@@ -10,12 +10,12 @@
 from typing import TYPE_CHECKING, Any
 
 from .api import convert, load, load_into, open, save, verify
-from .checkpoint import Checkpoint
 from .errors import ChecksumError, FormatError, UnsafeError
-from .layout import Entry
 
 if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
     from .fill import IncompatibleKeys
+    from .layout import Entry
     from .staging import Staging, release_pinned
     from .verification import Report
 
@@ -40,8 +40,10 @@ __all__ = [
 ]
 
 
-#: Names that few programs need, and the modules they are imported from when they are asked for.
+#: Names that few programs ask for, and the modules they are imported from when one does.
 _LATE = {
+    "Checkpoint": "checkpoint",
+    "Entry": "layout",
     "IncompatibleKeys": "fill",
     "Report": "verification",
     "Staging": "staging",
@@ -53,7 +55,9 @@ def __getattr__(name: str) -> Any:
     if name in _LATE:
         import importlib
 
-        return getattr(importlib.import_module(f".{_LATE[name]}", __name__), name)
+        found = getattr(importlib.import_module(f".{_LATE[name]}", __name__), name)
+        globals()[name] = found  # which the next one finds without coming here
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

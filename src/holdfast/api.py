@@ -13,9 +13,6 @@ from typing import Any
 
 import holdfast  # what annotations name is looked up in it, when somebody wants to know
 
-from .checkpoint import Checkpoint, open_checkpoint
-from .loading import LoadOptions, load_file
-from .pickled import Trust
 from .progress import ProgressArgument
 from .source import FileLike
 
@@ -229,6 +226,9 @@ def load(
     While a file is mapped, do not change it in place: processes that map it see the change, or get
     SIGBUS where it was cut. :func:`save` does not: it replaces the file, and maps keep the old one.
     """
+    from .loading import LoadOptions, load_file
+    from .pickled import Trust
+
     return load_file(
         f,
         LoadOptions(
@@ -337,7 +337,7 @@ def open(
     threads: int | None = None,
     map_location: Any = None,
     staging: holdfast.Staging | None = None,
-) -> Checkpoint:
+) -> holdfast.Checkpoint:
     """Open a file without reading more than its header, or of torch's files the pickle.
 
     Nothing that the file names is imported or run. Of a module that was saved whole, the names are
@@ -366,6 +366,8 @@ def open(
     ...     print(list(f), f.info("model.w").shape, f.slice("model.w")[1:, 0])
     ['model.w'] (3, 2) [2 4]
     """
+    from .checkpoint import open_checkpoint
+
     return open_checkpoint(
         f, framework, _threads(threads), strict, dequantize, map_location, staging
     )
