@@ -139,3 +139,15 @@ heavy = {"torch", "cupy", "jax", "ml_dtypes", "tqdm", "safetensors", "asyncio", 
 assert "numpy" in new and not new & heavy, sorted(new & heavy)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_what_loads_comes_with_its_first_use() -> None:
+    """`import holdfast` is paid by every program that may load something."""
+    code = (
+        "import sys, holdfast\n"
+        "late = ['loading', 'checkpoint', 'saving', 'fill', 'adapters', 'formats', '_dicts']\n"
+        "assert not [name for name in late if f'holdfast.{name}' in sys.modules]\n"
+        "assert holdfast.Checkpoint is sys.modules['holdfast.checkpoint'].Checkpoint\n"
+        "assert vars(holdfast)['Checkpoint'] is holdfast.Checkpoint\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -257,6 +257,11 @@ class Adapter(Protocol):
             A code of :func:`holdfast.views.device_code`, of a device that is there and whose memory
             :meth:`wrap` makes tensors of. 0 for the host, and for all that :meth:`place` has to see
             to: other devices, dicts, functions, and what is wrong.
+
+        Raises
+        ------
+        RuntimeError
+            There is no such device, where the framework has no other place for its tensors.
         """
         ...
 
