@@ -293,14 +293,14 @@ def view_entries(index: Index, storages: Storages, rows: np.ndarray) -> TensorBa
     """Entries as views of the storages, which are in memory."""
     assert index.storages is not None
     assert index.storage is not None
-    views = np.zeros(len(rows), VIEW)
+    views, entries = np.zeros(len(rows), VIEW), index.some(rows)
     for column in ("nbytes", "dims", "dtype", "ndim"):
-        views[column] = index.entries[column][rows]
+        views[column] = entries[column]
     views["flags"] = np.where(dense(index, rows), DENSE, 0)
     if index.flags is not None:
         views["flags"] |= index.flags[rows]
     own = index.storage[rows]
-    inside = index.entries["offset"][rows] - index.storages["offset"][own]
+    inside = entries["offset"] - index.storages["offset"][own]
     views["address"] = storages.address[own] + inside
     return TensorBatch(
         views,
