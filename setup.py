@@ -18,12 +18,13 @@ from setuptools import Extension, setup
 
 CSRC = Path("csrc")
 HEADERS = sorted(str(path) for path in CSRC.glob("*.h"))
-ENGINE = ["sys", "threads", "crc", "crc_x86", "strided", "memory", "segments", "write", "read"]
-ENGINE += ["checksum", "uncached", "place", "rights", "draft", "publish"]
+ENGINE = ["sys", "threads", "crc", "crc_x86", "strided", "memory", "kept", "segments"]
+ENGINE += ["write", "read", "checksum", "uncached", "place", "rights", "draft"]
+ENGINE += ["publish"]
 ENGINE += ["beneath", "files", "tree", "folder"]
 HEADER = ["json", "header_names", "header_check", "header_scan", "header_compact", "header_emit"]
 HEADER += ["crc", "crc_x86"]
-GGUF = ["gguf_scan", "dequantize", "threads", "memory", "sys"]
+GGUF = ["gguf_scan", "dequantize", "threads", "memory", "kept", "sys"]
 ZIP = ["zip_scan", "zip_local", "zip_emit", "header_names", "crc", "crc_x86"]
 
 define = [("_GNU_SOURCE", "1"), ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]

@@ -57,8 +57,8 @@ static inline void hold_buffer_release(hold_buffer *self)
 }
 
 /*
- * Anonymous zeroed memory, page-aligned; from 2 MiB on aligned to 2 MiB with huge pages asked for.
- * nbytes may be 0. On success *out has one owner. Returns 0 or -errno (ENOMEM, if not injected).
+ * Anonymous memory, page-aligned; from 2 MiB on aligned to 2 MiB, with huge pages asked for, and what
+ * an earlier buffer left in it (hold_keep()). nbytes may be 0. On success *out has one owner. Returns 0 or -errno (ENOMEM, if not injected).
  */
 int hold_buffer_alloc(size_t nbytes, hold_buffer **out);
 
@@ -79,6 +79,18 @@ int hold_buffer_lend(void *data, size_t nbytes, void *owner, void (*let_go)(void
 
 /* How many buffers are alive in this process. */
 size_t hold_buffer_count(void);
+
+/*
+ * Keep at most so many bytes of memory whose last owner has let it go, for buffers that come later
+ * (kept.h); 0, as at first: none. What is kept above it is given back at once.
+ */
+void hold_keep(size_t most);
+
+/* How many bytes are kept. */
+size_t hold_kept(void);
+
+/* Give all of it back. Returns how many bytes that was. */
+size_t hold_kept_release(void);
 
 /* The kind of file system that the file is on: the magic number of statfs(2). 0 or -errno. */
 int hold_filesystem(int fd, uint64_t *out);
@@ -175,6 +187,8 @@ typedef struct hold_options {
     int threads;            /* workers; 0: the engine chooses */
     bool checksum;          /* fill in segment.crc */
     int direct;             /* write: HOLD_DIRECT_*; read: ignored, hold_read() sees for itself */
+    double enough;          /* ... FASTER: bytes a second through the page cache that make it
+                             * needless to try past it; 0: both ways are tried in any case */
     uint64_t size;          /* write: of the file once all of it is written; 0: not known */
     hold_progress progress; /* may be NULL */
     void *context;

@@ -1,6 +1,7 @@
 /* Memory with a count of owners: anonymous, or a private map of a file. */
 #include "hold.h"
 
+#include "kept.h"
 #include "sys.h"
 #include "threads.h"
 
@@ -8,7 +9,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define HUGE ((size_t)2 << 20)
+#define HUGE HOLD_HUGE
 #define PREFETCH_STEP ((size_t)16 << 20)
 #define RESIDENT_PAGES 4096 /* asked about at a time */
 #define POPULATE_MIN ((size_t)64 << 20) /* faults on less are cheaper than threads */
@@ -30,6 +31,13 @@ static void dispose(hold_buffer *self)
 {
     if (self->base)
         hold_sys_munmap(self->base, self->span);
+    free(self);
+    atomic_fetch_sub(&live, 1);
+}
+
+static void dispose_huge(hold_buffer *self)
+{
+    hold_kept_put(self->base, self->span);
     free(self);
     atomic_fetch_sub(&live, 1);
 }
@@ -103,6 +111,26 @@ static int reserve(size_t span, size_t phase, int prot, char **out)
     return 0;
 }
 
+/* Memory of huge pages: what was kept, where something of it fits, or new. */
+static int huge(hold_buffer *self, size_t span)
+{
+    char *data = hold_kept_take(span, &self->span);
+    int rc = 0;
+    if (!data) {
+        rc = reserve(span, 0, PROT_READ | PROT_WRITE, &data);
+        if (rc == -ENOMEM && hold_kept_give_back(SIZE_MAX))
+            rc = reserve(span, 0, PROT_READ | PROT_WRITE, &data);
+        if (rc < 0)
+            return rc;
+        /* a wish: without it the memory is only slower */
+        (void)hold_sys_madvise(data, span, MADV_HUGEPAGE);
+        self->span = span;
+    }
+    self->data = self->base = data;
+    self->dispose = dispose_huge;
+    return 0;
+}
+
 int hold_buffer_alloc(size_t nbytes, hold_buffer **out)
 {
     size_t span = round_up(nbytes, page_size());
@@ -110,25 +138,21 @@ int hold_buffer_alloc(size_t nbytes, hold_buffer **out)
         return -ENOMEM;
     hold_buffer *self = make(nbytes);
     int rc = self ? 0 : -ENOMEM;
-    char *data = NULL;
     if (rc == 0 && nbytes >= HUGE) {
-        rc = reserve(span, 0, PROT_READ | PROT_WRITE, &data);
-        if (rc == 0) /* a wish: without it the memory is only slower */
-            (void)hold_sys_madvise(data, span, MADV_HUGEPAGE);
+        rc = huge(self, span);
     } else if (rc == 0 && nbytes) {
         void *base;
         rc = HOLD_RETRY(hold_sys_mmap(NULL, span, PROT_READ | PROT_WRITE,
                                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0, &base));
-        data = rc < 0 ? NULL : base;
+        if (rc == 0) {
+            self->data = self->base = base;
+            self->span = span;
+        }
     }
     if (rc < 0) {
         if (self)
             hold_buffer_release(self);
         return rc;
-    }
-    if (data) {
-        self->data = self->base = data;
-        self->span = span;
     }
     *out = self;
     return 0;

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from holdfast import _engine
+from holdfast import _engine, kept
 
 # How long one example takes says nothing on a machine that others use too.
 settings.register_profile("holdfast", deadline=None)
@@ -32,6 +32,15 @@ def no_buffer_left() -> Iterator[None]:
         time.sleep(0.01)
         gc.collect()
     assert _engine.live_buffers() <= before, "a test left buffers of the engine alive"
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """No memory is kept from before, nor for later: each run makes the same system calls."""
+    _engine.keep(0)
+    yield
+    _engine.keep(0)
+    _engine.keep(kept.most())
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .api import convert, load, load_into, open, save, verify
 from .errors import ChecksumError, FormatError, UnsafeError
+from .kept import release_kept
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "load_into",
     "open",
+    "release_kept",
     "release_pinned",
     "save",
     "verify",

@@ -10,6 +10,9 @@ cdef extern from "hold.h" nogil:
     int hold_buffer_lend(void *data, size_t nbytes, void *owner, void (*let_go)(void *) noexcept,
                          hold_buffer **out)
     size_t hold_buffer_count()
+    void hold_keep(size_t most)
+    size_t hold_kept()
+    size_t hold_kept_release()
     int hold_filesystem(int fd, uint64_t *out)
     int hold_expect(const void *data, size_t nbytes)
     int hold_prefetch(const void *data, size_t nbytes, int threads)
@@ -23,7 +26,7 @@ cdef extern from "Python.h":
 
 
 def allocate(size_t nbytes):
-    """Zeroed memory: page-aligned; 2 MiB and more in huge pages where the system has them."""
+    """Memory with whatever it holds: page-aligned; 2 MiB and more in huge pages where there are any."""
     cdef hold_buffer *handle = NULL
     cdef int rc
     with nogil:
@@ -141,6 +144,25 @@ def resident(Buffer buffer not None, size_t offset, size_t nbytes):
     with nogil:
         rc = hold_resident(data, nbytes, &found)
     check(rc)
+    return found
+
+
+def keep(size_t most):
+    """Keep at most `most` bytes of memory that buffers no longer need, for those that come later."""
+    with nogil:
+        hold_keep(most)
+
+
+def kept():
+    """How many bytes are kept."""
+    return hold_kept()
+
+
+def release_kept():
+    """Give back all that is kept. Returns how many bytes that was."""
+    cdef size_t found
+    with nogil:
+        found = hold_kept_release()
     return found
 
 

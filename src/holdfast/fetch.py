@@ -42,8 +42,10 @@ __all__ = [
 ]
 
 #: A tensor at least this large gets memory of its own, so that dropping it frees it and huge
-#: pages serve it; smaller ones share arenas of at most ARENA bytes.
-LARGE = 1 << 20
+#: pages serve it; smaller ones share arenas of about ARENA bytes. Of devices, whose allocators
+#: keep account of every tensor that is their own, it is DEVICE_LARGE.
+LARGE = 2 << 20
+DEVICE_LARGE = 1 << 20
 ARENA = 4 << 20
 #: In memory of our own every tensor starts at a multiple of this, and in that of a device.
 ALIGN = 64
@@ -88,8 +90,8 @@ class Destination:
         for code in np.unique(self.devices).tolist():
             some = np.flatnonzero(self.devices == code)
             allocate = bind(staging.allocate, code, framework=self.framework) if code else None
-            align = DEVICE_ALIGN if code else ALIGN
-            address[some], found, made = _place(nbytes[some], allocate, align)
+            align, large = (DEVICE_ALIGN, DEVICE_LARGE) if code else (ALIGN, LARGE)
+            address[some], found, made = _place(nbytes[some], allocate, align, large)
             owner[some] = found + len(owners)
             owners += made
         return address, owner, owners
@@ -406,6 +408,7 @@ def _place(
     nbytes: np.ndarray,
     allocate: Callable[[int], Buffer] | None = None,
     align: int = ALIGN,
+    large: int = LARGE,
 ) -> tuple[np.ndarray, np.ndarray, list[Buffer]]:
     """Memory for runs of so many bytes: of its own for a large one, else a place in an arena.
 
@@ -424,16 +427,16 @@ def _place(
         owners = [allocate(int(nbytes[0]))]
         address[0] = owners[0].address
         return address, owner, owners
-    for row in np.flatnonzero(nbytes >= LARGE).tolist():
+    for row in np.flatnonzero(nbytes >= large).tolist():
         buffer = allocate(int(nbytes[row]))
         address[row] = buffer.address
         owner[row] = len(owners)
         owners.append(buffer)
 
-    small = np.flatnonzero(nbytes < LARGE)
+    small = np.flatnonzero(nbytes < large)
     spans = (nbytes[small] + (align - 1)) & -align
     starts = np.cumsum(spans) - spans
-    # A tensor goes to the arena in which it starts; the last of one may pass its end by < LARGE.
+    # A tensor goes to the arena in which it starts; the last of one may pass its end by < large.
     edges = [*np.flatnonzero(np.diff(starts // ARENA, prepend=-1)).tolist(), len(small)]
     for begin, stop in itertools.pairwise(edges):
         first = int(starts[begin])

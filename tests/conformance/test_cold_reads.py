@@ -116,6 +116,7 @@ def test_the_same_bytes(tmp_path: Path, cached: str, shape: str, threads: int) -
 
 
 @pytest.mark.parametrize("refused", REFUSED)
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize("cached", ["cold", "holes"])
 def test_whatever_is_refused(tmp_path: Path, cached: str, refused: str) -> None:
     fd = make(tmp_path / "file", cached)
@@ -201,6 +202,7 @@ def test_a_cold_file_too_short(tmp_path: Path, size: int, start: int) -> None:
     os.close(fd)
 
 
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize("cached", ["cold", "holes"])
 @pytest.mark.parametrize("error", [errno.EIO, errno.EINTR, 0])
 def test_every_call_failing(tmp_path: Path, error: int, cached: str) -> None:

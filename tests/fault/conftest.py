@@ -26,7 +26,7 @@ WAYS: dict[str, tuple[str | None, int]] = {
 
 
 @pytest.fixture(autouse=True)
-def disarmed() -> Iterator[None]:
+def disarmed(nothing_kept: None) -> Iterator[None]:
     """No fault outlives its test."""
     yield
     _engine.fault_arm(0, 0)
