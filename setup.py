@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 CSRC = Path("csrc")
 HEADERS = sorted(str(path) for path in CSRC.glob("*.h"))
 ENGINE = ["sys", "threads", "crc", "crc_x86", "strided", "memory", "kept", "segments"]
-ENGINE += ["write", "read", "checksum", "uncached", "place", "rights", "draft"]
+ENGINE += ["write", "read", "checksum", "uncached", "place", "rights", "draft", "closing"]
 ENGINE += ["publish"]
 ENGINE += ["beneath", "files", "tree", "folder"]
 HEADER = ["json", "header_names", "header_check", "header_scan", "header_compact", "header_emit"]

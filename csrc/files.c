@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "beneath.h"
+#include "closing.h"
 #include "hold.h"
 #include "sys.h"
 #include "threads.h"
@@ -90,6 +91,8 @@ static int put(int fd, const char *data, uint64_t nbytes)
         const uint64_t left = nbytes - done;
         const ssize_t n = HOLD_RETRY(
             hold_sys_pwrite(fd, data + done, (size_t)(left < most ? left : most), (off_t)done));
+        if (n == -ENOSPC && hold_close_wait())
+            continue;
         if (n <= 0)
             return n < 0 ? (int)n : HOLD_ESTALL;
         done += (uint64_t)n;

@@ -2,6 +2,7 @@
 #include <assert.h>
 #include <stdlib.h>
 
+#include "closing.h"
 #include "draft.h"
 #include "hold.h"
 #include "rights.h"
@@ -176,6 +177,26 @@ static int open_old(const hold_place *place)
     return HOLD_RETRY(hold_sys_openat(place->dirfd, place->name, flags, 0));
 }
 
+/*
+ * The same of a large file, not to look into it: with the last descriptor its blocks go, which the
+ * rename had to wait for otherwise.
+ */
+static int hold_large(const hold_publication *self)
+{
+    if (!self->existed || self->old.st.st_size < HOLD_CLOSE_LATER_MIN)
+        return -ENOENT;
+    const int flags = O_PATH | O_NOFOLLOW;
+    return HOLD_RETRY(hold_sys_openat(self->place.dirfd, self->place.name, flags, 0));
+}
+
+static void let_go(const hold_publication *self, int old)
+{
+    if (self->existed && self->old.st.st_size >= HOLD_CLOSE_LATER_MIN)
+        hold_close_later(old);
+    else
+        hold_sys_close(old);
+}
+
 /* Give the draft its name, for good where `durable`. */
 static int place_draft(hold_publication *self, bool durable)
 {
@@ -186,9 +207,8 @@ static int place_draft(hold_publication *self, bool durable)
     if (unnamed && !self->existed)
         rc = hold_draft_link(&self->draft, &self->place);
     if (rc < 0) { /* something has the name by now, or the rename finds out what is wrong */
-        if (durable)
-            old = open_old(&self->place);
-        if (old < 0 && old != -ENOENT && old != -EACCES)
+        old = durable ? open_old(&self->place) : hold_large(self);
+        if (durable && old < 0 && old != -ENOENT && old != -EACCES)
             return old;
         rc = hold_draft_rename(&self->draft, &self->place, durable);
     }
@@ -198,7 +218,7 @@ static int place_draft(hold_publication *self, bool durable)
             restore(self, old);
     }
     if (old >= 0)
-        hold_sys_close(old);
+        let_go(self, old);
     return rc;
 }
 

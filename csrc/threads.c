@@ -38,12 +38,7 @@ static void *enter(void *argument)
     return NULL;
 }
 
-/*
- * Signals are for the program's own threads; here they would only cut transfers short. But what a
- * worker itself brings about, as by a touch of a map whose file was cut, is told where it happens:
- * blocked, it would end the process without a word of whoever handles it (faulthandler).
- */
-static void signals_of_others(sigset_t *out)
+void hold_signals_of_others(sigset_t *out)
 {
     static const int own[] = {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGTRAP};
     sigfillset(out);
@@ -62,7 +57,7 @@ typedef struct {
 static void start(crew *self, int threads)
 {
     sigset_t others, old;
-    signals_of_others(&others);
+    hold_signals_of_others(&others);
     pthread_sigmask(SIG_SETMASK, &others, &old);
     for (; self->started < threads; self->started++) {
         seat *s = &self->seats[self->started];

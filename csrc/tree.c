@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "beneath.h"
+#include "closing.h"
 #include "sys.h"
 #include "threads.h"
 
@@ -23,6 +24,9 @@ enum { ENTRIES = 1 << 15, SYNC_WORKERS = 8 };
  * times; syncfs does once, but for whatever anybody else has written as well.
  */
 #define SYNC_EACH 256
+
+/* Entries of which it is asked whether they are large: a folder of more has mostly small ones. */
+#define LOOK_MOST 1024
 
 /* As getdents64(2) lays it out. */
 typedef struct {
@@ -90,6 +94,7 @@ int hold_tree_is_empty(int fd)
 typedef struct {
     listing root, inner;
     unsigned moved; /* how many have been moved up */
+    unsigned looked; /* how many may have been large */
     bool again;     /* the root has more to be done than was there when it was listed */
     int error;      /* the first one of this pass */
 } remover;
@@ -112,12 +117,27 @@ static void move_up(remover *r, const char *name)
     note(r, rc);
 }
 
+/* Hold on to a large file, so that nobody waits for the end of it: a descriptor, or < 0. */
+static int hold_large(remover *r, int dirfd, const entry *e)
+{
+    struct stat st;
+    if (r->looked++ >= LOOK_MOST || (e->type != DT_REG && e->type != DT_UNKNOWN))
+        return -ENOENT;
+    if (HOLD_RETRY(hold_sys_fstatat(dirfd, e->name, &st, AT_SYMLINK_NOFOLLOW)) < 0 ||
+        !S_ISREG(st.st_mode) || st.st_size < HOLD_CLOSE_LATER_MIN)
+        return -ENOENT;
+    return HOLD_RETRY(hold_sys_openat(dirfd, e->name, O_PATH | O_NOFOLLOW, 0));
+}
+
 /* Remove an entry that is no folder, or say that it is one. */
 static bool is_folder(remover *r, int dirfd, const entry *e)
 {
     if (e->type == DT_DIR)
         return true;
+    int large = hold_large(r, dirfd, e);
     int rc = HOLD_RETRY(hold_sys_unlinkat(dirfd, e->name, 0));
+    if (large >= 0)
+        hold_close_later(large);
     if (e->type == DT_UNKNOWN && (rc == -EISDIR || rc == -EPERM))
         return true;
     note(r, rc);

@@ -1,6 +1,7 @@
 /* Writing segments: gathered chunk by chunk, or straight from where they are. */
 #include "hold.h"
 
+#include "closing.h"
 #include "segments.h"
 #include "strided.h"
 #include "sys.h"
@@ -15,12 +16,15 @@
 #define PREALLOCATE_TRIES 4
 #define ALIGN_MIN 4096u                  /* of offsets and lengths under O_DIRECT */
 #define FOLIO ((uint64_t)2 << 20)        /* written at a time through the page cache */
-#define PROBE ((uint64_t)64 << 20)       /* written at once to learn how fast a way is ... */
-#define BATCH ((uint64_t)192 << 20)      /* ... and before it is judged again */
 #define DIRECT_WORKERS 12  /* a device is as fast as it has bytes to write: 4 MiB from each ... */
 #define DIRECT_FEW 6       /* ... and if it is less than MANY altogether, from these */
 #define MANY ((uint64_t)96 << 20)
 #define BUFFERED_WORKERS 2
+
+/* Written at once through the page cache, and past it, to learn how fast that is ... */
+static const uint64_t probe[2] = {(uint64_t)16 << 20, (uint64_t)64 << 20};
+/* ... and before it is judged again. */
+static const uint64_t batch[2] = {(uint64_t)64 << 20, (uint64_t)192 << 20};
 
 typedef struct {
     hold_job job;
@@ -71,6 +75,8 @@ static int put(writer *w, hold_worker *worker, const char *data, size_t nbytes, 
         bool direct = atomic_load(&w->direct);
         ssize_t put = hold_sys_pwrite(w->fd, data, nbytes, (off_t)offset);
         if (put == -EINTR)
+            continue;
+        if (put == -ENOSPC && hold_close_wait())
             continue;
         int rc = put < 0 ? (int)put : put == 0 ? HOLD_ESTALL : 0;
         if (rc == -EINVAL && direct && (rc = drop_direct(w)) == 0)
@@ -226,6 +232,8 @@ static int preallocate(writer *w, uint64_t end, uint64_t size, uint64_t found)
     /* tmpfs, interrupted, undoes all of it: where signals come faster than it ends it never would. */
     for (int tries = 0; rc == -EINTR && tries < PREALLOCATE_TRIES; tries++)
         rc = hold_sys_fallocate(w->fd, 0, (off_t)begin, (off_t)(end - begin));
+    if (rc == -ENOSPC && hold_close_wait()) /* what an earlier save replaced was still there */
+        rc = HOLD_RETRY(hold_sys_fallocate(w->fd, 0, (off_t)begin, (off_t)(end - begin)));
     if (rc == -EINTR || rc == -EOPNOTSUPP || rc == -ENOTSUP || rc == -EINVAL || rc == -ENOSYS)
         return 0;
     return rc < 0 ? rc : 0;
@@ -262,15 +270,15 @@ static double seconds(void)
 /*
  * Chunks [first, stop) in whichever way is faster: through the page cache, which copies as fast as
  * memory does until the kernel has to find pages or to write back, or past it, which is as fast as
- * the device. Which it is changes from minute to minute, so both are tried, and the slower one is
- * left as soon as it is seen to be that.
+ * the device. Which it is changes from minute to minute, so both are tried, once the cache is not
+ * fast enough, and the slower one is left as soon as it is seen to be that.
  */
 static int put_faster(writer *w, size_t first, size_t stop, int flags, const hold_options *options)
 {
     double rate[2] = {0, 0}; /* last seen, of the page cache and of O_DIRECT, in bytes a second */
     bool direct = false, used = false;
     while (first < stop) {
-        uint64_t most = rate[0] == 0 || rate[1] == 0 ? PROBE : BATCH;
+        uint64_t most = (rate[direct] == 0 ? probe : batch)[direct];
         size_t next = first + 1;
         while (next < stop && w->plan.chunks[next].end - w->plan.chunks[first].begin <= most)
             next++;
@@ -289,7 +297,8 @@ static int put_faster(writer *w, size_t first, size_t stop, int flags, const hol
         used |= direct && atomic_load(&w->direct);
         if (wanted && !atomic_load(&w->direct))
             rate[1] = 1; /* it was refused: never again */
-        direct = rate[1] == 0 || rate[1] > rate[0];
+        bool fast = options->enough > 0 && rate[0] >= options->enough;
+        direct = rate[1] == 0 ? !fast : rate[1] > rate[0];
         first = next;
     }
     w->report->direct = used;
