@@ -62,6 +62,7 @@ cdef extern from "hold.h" nogil:
         int threads
         bint checksum
         int direct
+        double enough
         uint64_t size
         hold_progress progress
         void *context
@@ -274,10 +275,11 @@ def checksum(segments, *, layouts=None, int threads=0, filename=None):
 
 
 def write(int fd, segments, *, layouts=None, int threads=0, bint checksum=True, direct=False,
-          uint64_t size=0, progress=None, filename=None):
+          double enough=0, uint64_t size=0, progress=None, filename=None):
     """Write segments, which lie end to end in the file; whether O_DIRECT was used.
 
-    `direct`: True past the page cache, False through it, None in whichever way is faster.
+    `direct`: True past the page cache, False through it, None in whichever way is faster: but
+    only where the cache takes less than `enough` bytes a second, if that is not 0.
     `size`: of the file once all of it is written, so that room for it can be taken; 0: not known.
     Segments whose file is 1 are of unchanged mappings, and let go of once written.
     """
@@ -290,6 +292,7 @@ def write(int fd, segments, *, layouts=None, int threads=0, bint checksum=True, 
     options.threads = threads
     options.checksum = checksum
     options.direct = HOLD_DIRECT_FASTER if direct is None else HOLD_DIRECT_ALWAYS if direct else 0
+    options.enough = enough
     options.size = size
     options.progress = call_back
     options.context = <void *>caller

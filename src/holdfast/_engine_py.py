@@ -181,6 +181,7 @@ def write(
     threads: int = 0,  # noqa: ARG001 - the signature of the C engine
     checksum: bool = True,
     direct: bool | None = False,  # noqa: ARG001
+    enough: float = 0,  # noqa: ARG001
     size: int = 0,  # noqa: ARG001
     progress: Progress = None,
     filename: object = None,

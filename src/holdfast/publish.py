@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["check_target", "segments_of", "write_out"]
 
-#: From this size on a file that need not be durable is written past the page cache where that is
-#: faster, which changes from minute to minute (docs/decisions/0005).
-LARGE = 256 << 20
+#: From this size on a file that need not be durable is written past the page cache where that takes
+#: fewer than so many bytes a second and the device more, which changes from minute to minute
+#: (docs/decisions/0005).
+LARGE = 64 << 20
+ENOUGH = 4e9
 PAGE = 4096
 #: ``file`` of a segment whose memory is that of a map to be let go of: ``HOLD_RELEASE``.
 RELEASE = 1
@@ -273,6 +275,7 @@ def _write_file(
             checksum=summing or check is not None,
             # What comes in parts is too little at a time for the engine to find out.
             direct=direct if whole.devices is None else pace.direct,
+            enough=ENOUGH,
             size=plan.size,
             progress=_behind(report, done),
             filename=name,

@@ -17,7 +17,7 @@ import numpy as np
 from . import _engine
 from .layout import SEGMENT, FolderPlan
 from .progress import ProgressArgument, reporting
-from .publish import LARGE, RELEASE
+from .publish import RELEASE
 from .source import path_text
 from .views import DENSE, SWAPPED, TensorBatch
 
@@ -28,6 +28,8 @@ __all__ = ["write_folder"]
 
 #: Up to this size a dense tensor is written in one go with many others, each by one thread.
 SMALL = 1 << 20
+#: From so many bytes on what need not be durable is written in both ways at once.
+LARGE = 256 << 20
 
 #: Files written at once: past the page cache each waits for the device; through it memory is what
 #: limits, and more would be in each other's way. As in csrc/write.c for parts of one file.
