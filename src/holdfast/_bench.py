@@ -99,9 +99,11 @@ def run(
         problems = _check(checkpoint, Path(folder), out)
         for number in range(ROUNDS + 1):  # the first warms up what has to be, and is not kept
             start = number % len(measured)
-            for one in measured[start:] + measured[:start]:
-                _round(one, checkpoint, Path(folder) / f"checkpoint{one.row.ending}")
-                if number == 0:
+            for column in COLUMNS:
+                for one in measured[start:] + measured[:start]:
+                    _sample(one, column, checkpoint, Path(folder) / f"checkpoint{one.row.ending}")
+            if number == 0:
+                for one in measured:
                     one.seconds.clear()
     print(_table(measured, nbytes), file=out)
     for one in measured:
@@ -252,34 +254,37 @@ def _installed(package: str) -> bool:
 # ---- measuring --------------------------------------------------------------------------------
 
 
-def _round(one: _Measured, checkpoint: dict[str, Any], path: Path) -> None:
-    """One sample of each column of a row. Loads are warm: the file has just been read."""
+def _sample(one: _Measured, column: str, checkpoint: dict[str, Any], path: Path) -> None:
+    """One sample of a column of a row. Loads are warm: the file has just been read.
+
+    All rows take their turn at a column before the next one: nobody saves into the memory that a
+    save of its own has just freed, while others have to find theirs.
+    """
     row = one.row
     obj = _flatten(checkpoint) if row.flat else checkpoint
-
-    def sample(column: str, action: Callable[[], object]) -> None:
+    actions: dict[str, Callable[[], object] | None] = {
+        SAVE_DURABLE: lambda: _durable(row, obj, path),
+        SAVE: lambda: row.save(obj, path),
+        LOAD: row.load and partial(row.load, path),
+        LOAD_MAPPED: row.load_mapped and partial(row.load_mapped, path),
+    }
+    if one.failure or (action := actions[column]) is None:
+        return
+    _quiet(path)
+    try:
+        if column in (LOAD, LOAD_MAPPED):
+            row.save(obj, path)
+            _warm(path)
         gc.collect()
         began = time.perf_counter()
-        try:
-            result = action()
-        except Exception as error:
-            if row.name == "holdfast":
-                raise
-            one.failure = f"{column}: {type(error).__name__}: {error}"  # an old version, perhaps
-            return
-        _touch(result)
+        _touch(action())
         one.seconds.setdefault(column, []).append(time.perf_counter() - began)
-
-    _quiet(path)
-    sample(SAVE_DURABLE, lambda: _durable(row, obj, path))
-    _quiet(path)
-    sample(SAVE, lambda: row.save(obj, path))
-    if path.exists():
-        _warm(path)
-        for column, load in ((LOAD, row.load), (LOAD_MAPPED, row.load_mapped)):
-            if load is not None:
-                sample(column, partial(load, path))
-        path.unlink()
+    except Exception as error:
+        if row.name == "holdfast":
+            raise
+        one.failure = f"{column}: {type(error).__name__}: {error}"  # an old version, perhaps
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _warm(path: Path) -> None:
