@@ -264,9 +264,14 @@ static int get_chunk(void *context, size_t i, hold_worker *worker)
     hold_piece piece = hold_chunk_begin(s.chunk, r->segments);
     int rc = 0;
     while (rc == 0 && piece.nbytes) {
-        if (piece.offset >= s.end)
+        if (piece.offset >= s.end) {
             s.direct = hold_origins_ask(&r->origins, s.chunk->file, piece.offset, s.chunk->end,
                                         &s.end);
+            if (s.direct)
+                hold_origins_pass(&r->origins, s.chunk->file, s.end - piece.offset);
+            else /* what that fails at, the read that follows finds out, too */
+                (void)hold_origins_fill(&r->origins, s.chunk->file, piece.offset, s.end);
+        }
         rc = (s.direct ? get_uncached : get_cached)(r, &s, &piece);
     }
     return rc;
@@ -285,7 +290,8 @@ static int choose_workers(reader *r)
     for (size_t i = 0; r->origins.files && i < asked; i++) {
         const hold_chunk *chunk = &r->plan.chunks[i * r->plan.n / asked];
         uint64_t end;
-        if (hold_origins_ask(&r->origins, chunk->file, chunk->begin, chunk->end, &end))
+        if (hold_origins_ask(&r->origins, chunk->file, chunk->begin, chunk->end, &end) ||
+            atomic_load(&r->origins.files[chunk->file].again))
             direct++;
     }
     return n < DIRECT_WORKERS && direct * 4 > asked ? DIRECT_WORKERS : n;
@@ -302,15 +308,18 @@ int hold_read(const int *fds, size_t nfds, hold_segment *segments, size_t n,
     if (rc)
         return rc;
     uint64_t nbytes = 0;
-    for (size_t i = 0; i < n; i++)
+    bool loading = false;
+    for (size_t i = 0; i < n; i++) {
         nbytes += segments[i].nbytes;
+        loading |= segments[i].data != NULL;
+    }
     r.step = (size_t)hold_plan_step(nbytes, options->threads > 0 ? options->threads
                                                                  : DIRECT_WORKERS);
     rc = hold_plan_make(segments, n, true, r.step, no_cuts, options->checksum, &r.plan);
     if (rc)
         return rc;
     if (nbytes >= DIRECT_MIN)
-        hold_origins_begin(&r.origins, fds, nfds);
+        hold_origins_begin(&r.origins, fds, nfds, loading);
     r.job = (hold_job){.task = get_chunk, .context = &r, .options = options};
     r.job.buffer_nbytes = r.step + (r.origins.files ? 2 * HOLD_UNCACHED_ALIGN_MAX : 0);
     rc = hold_job_run(&r.job, 0, r.plan.n,
@@ -319,6 +328,8 @@ int hold_read(const int *fds, size_t nfds, hold_segment *segments, size_t n,
         rc = hold_job_finish(&r.job);
     if (rc == 0 && options->checksum)
         hold_plan_join_crcs(&r.plan, segments);
+    if (rc == 0)
+        hold_origins_mark(&r.origins);
     hold_origins_end(&r.origins);
     hold_plan_free(&r.plan);
     return rc;

@@ -10,6 +10,10 @@
 
 #define ALIGN_UNSAID 4096u /* what any device takes */
 #define MINCORE_PAGES 512  /* asked about at a time */
+#define MARK_ALONE ((uint64_t)64 << 10) /* nothing else is cached so far to each side of a mark */
+#define MARK_MIN ((uint64_t)8 << 20)    /* of a file: smaller ones are always read through the cache */
+#define MARK_SHARE 4       /* a file is brought into the cache if it is no more of the memory than this */
+#define FOLIO ((uint64_t)2 << 20)
 
 /* File systems known to read directly, for kernels that do not say what it asks of a file. */
 static const uint32_t direct_kinds[] = {
@@ -18,9 +22,10 @@ static const uint32_t direct_kinds[] = {
     0x9123683E, /* btrfs */
 };
 
-void hold_origins_begin(hold_origins *self, const int *fds, size_t n)
+void hold_origins_begin(hold_origins *self, const int *fds, size_t n, bool loading)
 {
-    *self = (hold_origins){.files = calloc(n ? n : 1, sizeof *self->files), .n = n};
+    *self = (hold_origins){.files = calloc(n ? n : 1, sizeof *self->files), .n = n,
+                           .loading = loading};
     if (!self->files)
         return;
     pthread_mutex_init(&self->lock, NULL);
@@ -46,60 +51,6 @@ void hold_origins_end(hold_origins *self)
 void hold_origins_refuse(hold_origins *self, uint32_t file)
 {
     atomic_store(&self->files[file].refused, true);
-}
-
-/* ---- the second descriptor ---------------------------------------------------------------- */
-
-static bool known_kind(int fd)
-{
-    uint64_t kind;
-    if (hold_filesystem(fd, &kind) != 0)
-        return false;
-    for (size_t i = 0; i < sizeof direct_kinds / sizeof *direct_kinds; i++)
-        if (kind == direct_kinds[i])
-            return true;
-    return false;
-}
-
-/* What direct reads ask of the file; false where they are not to be tried. */
-static bool ask_alignment(hold_origin *o)
-{
-    struct stat st;
-    uint32_t memory, offset;
-    if (HOLD_RETRY(hold_sys_fstat(o->fd, &st)) < 0 || !S_ISREG(st.st_mode))
-        return false;
-    if (HOLD_RETRY(hold_sys_statx_dio(o->fd, &memory, &offset)) < 0)
-        return false;
-    if (!offset) {
-        if (!known_kind(o->fd))
-            return false;
-        memory = offset = ALIGN_UNSAID;
-    }
-    /* Whole pages where less would do: the same blocks are then not read twice. */
-    o->align = offset < ALIGN_UNSAID ? ALIGN_UNSAID : offset;
-    o->mem_align = memory ? memory : 1;
-    return (o->align & (o->align - 1)) == 0 && o->align <= HOLD_UNCACHED_ALIGN_MAX &&
-           (o->mem_align & (o->mem_align - 1)) == 0 && o->mem_align <= o->align &&
-           o->mem_align <= (size_t)sysconf(_SC_PAGESIZE);
-}
-
-/* Whether the file can be read directly, as far as that is known before it is tried. */
-static bool open_direct(hold_origins *self, hold_origin *o)
-{
-    if (!atomic_load_explicit(&o->asked, memory_order_acquire)) {
-        pthread_mutex_lock(&self->lock);
-        if (!atomic_load(&o->asked)) {
-            char path[32];
-            snprintf(path, sizeof path, "/proc/self/fd/%d", o->fd);
-            if (ask_alignment(o))
-                o->direct = HOLD_RETRY(hold_sys_openat(AT_FDCWD, path, O_RDONLY | O_DIRECT, 0));
-            if (o->direct < 0)
-                atomic_store(&o->refused, true);
-            atomic_store_explicit(&o->asked, true, memory_order_release);
-        }
-        pthread_mutex_unlock(&self->lock);
-    }
-    return !atomic_load_explicit(&o->refused, memory_order_relaxed);
 }
 
 /* ---- what is cached ----------------------------------------------------------------------- */
@@ -165,6 +116,90 @@ static int cached(hold_origins *self, hold_origin *o, uint64_t begin, uint64_t e
     return found == 0 ? -1 : found >= last - first + 1 ? 1 : 0;
 }
 
+/* ---- marks -------------------------------------------------------------------------------- */
+
+/* Where the mark of a file is: in its midst. */
+static uint64_t mark_at(const hold_origin *o)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    return o->nbytes / 8 * 5 / page * page;
+}
+
+/* How many pages of [begin, end) are cached; 0 also before Linux 6.5, where no mark is found. */
+static uint64_t count(const hold_origin *o, uint64_t begin, uint64_t end)
+{
+    uint64_t found;
+    return HOLD_RETRY(hold_sys_cachestat(o->fd, begin, end - begin, &found)) < 0 ? 0 : found;
+}
+
+/* Whether the page of the mark is cached and none beside it: nothing else leaves one alone. */
+static bool is_marked(const hold_origins *self, const hold_origin *o)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), at = mark_at(o);
+    uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * page;
+    return self->loading && o->nbytes >= MARK_MIN && o->nbytes <= memory / MARK_SHARE &&
+           count(o, at, at + page) == 1 && count(o, at - MARK_ALONE, at + MARK_ALONE) == 1;
+}
+
+/* ---- the second descriptor ---------------------------------------------------------------- */
+
+static bool known_kind(int fd)
+{
+    uint64_t kind;
+    if (hold_filesystem(fd, &kind) != 0)
+        return false;
+    for (size_t i = 0; i < sizeof direct_kinds / sizeof *direct_kinds; i++)
+        if (kind == direct_kinds[i])
+            return true;
+    return false;
+}
+
+/* What direct reads ask of the file; false where they are not to be tried. */
+static bool ask_alignment(hold_origin *o)
+{
+    struct stat st;
+    uint32_t memory, offset;
+    if (HOLD_RETRY(hold_sys_fstat(o->fd, &st)) < 0 || !S_ISREG(st.st_mode))
+        return false;
+    o->nbytes = (uint64_t)st.st_size;
+    if (HOLD_RETRY(hold_sys_statx_dio(o->fd, &memory, &offset)) < 0)
+        return false;
+    if (!offset) {
+        if (!known_kind(o->fd))
+            return false;
+        memory = offset = ALIGN_UNSAID;
+    }
+    /* Whole pages where less would do: the same blocks are then not read twice. */
+    o->align = offset < ALIGN_UNSAID ? ALIGN_UNSAID : offset;
+    o->mem_align = memory ? memory : 1;
+    return (o->align & (o->align - 1)) == 0 && o->align <= HOLD_UNCACHED_ALIGN_MAX &&
+           (o->mem_align & (o->mem_align - 1)) == 0 && o->mem_align <= o->align &&
+           o->mem_align <= (size_t)sysconf(_SC_PAGESIZE);
+}
+
+/* Whether the file can be read directly, as far as that is known before it is tried. */
+static bool open_direct(hold_origins *self, hold_origin *o)
+{
+    if (!atomic_load_explicit(&o->asked, memory_order_acquire)) {
+        pthread_mutex_lock(&self->lock);
+        if (!atomic_load(&o->asked)) {
+            char path[32];
+            snprintf(path, sizeof path, "/proc/self/fd/%d", o->fd);
+            bool usable = ask_alignment(o);
+            atomic_store(&o->again, usable && is_marked(self, o));
+            if (usable && !atomic_load(&o->again))
+                o->direct = HOLD_RETRY(hold_sys_openat(AT_FDCWD, path, O_RDONLY | O_DIRECT, 0));
+            if (o->direct < 0)
+                atomic_store(&o->refused, true);
+            atomic_store_explicit(&o->asked, true, memory_order_release);
+        }
+        pthread_mutex_unlock(&self->lock);
+    }
+    return !atomic_load_explicit(&o->refused, memory_order_relaxed);
+}
+
+/* ---- asking ------------------------------------------------------------------------------- */
+
 static uint64_t unit_end(uint64_t begin, uint64_t stop)
 {
     uint64_t end = (begin / HOLD_UNCACHED_UNIT + 1) * HOLD_UNCACHED_UNIT;
@@ -194,4 +229,45 @@ const hold_origin *hold_origins_ask(hold_origins *self, uint32_t file, uint64_t 
     if (state == 1 || state == -2 || !open_direct(self, o))
         return NULL;
     return o;
+}
+
+void hold_origins_pass(hold_origins *self, uint32_t file, uint64_t nbytes)
+{
+    atomic_fetch_add_explicit(&self->files[file].passed, nbytes, memory_order_relaxed);
+}
+
+void hold_origins_mark(hold_origins *self)
+{
+    for (size_t i = 0; self->files && self->loading && i < self->n; i++) {
+        hold_origin *o = &self->files[i];
+        if (o->nbytes >= MARK_MIN && atomic_load(&o->passed) >= o->nbytes / 2)
+            /* One page, without those around it, which to read would bring in as well. */
+            (void)HOLD_RETRY(hold_sys_fadvise(o->fd, (off_t)mark_at(o),
+                                              (off_t)sysconf(_SC_PAGESIZE), POSIX_FADV_WILLNEED));
+    }
+}
+
+/*
+ * By a map that is marked for huge pages: what is missing is then read by folios of FOLIO, which
+ * later loads copy fastest from, and maps take one entry of a page table for.
+ */
+int hold_origins_fill(hold_origins *self, uint32_t file, uint64_t begin, uint64_t end)
+{
+    hold_origin *o = self->files ? &self->files[file] : NULL;
+    if (!o || !atomic_load_explicit(&o->again, memory_order_relaxed) ||
+        cached(self, o, begin, end) == 1)
+        return 0;
+    begin -= begin % FOLIO;
+    end += (FOLIO - end % FOLIO) % FOLIO;
+    if (end > o->nbytes)
+        end = o->nbytes;
+    hold_buffer *map;
+    int rc = begin < end ? hold_buffer_map(o->fd, begin, (size_t)(end - begin), false, &map) : -ENODATA;
+    if (rc < 0)
+        return rc;
+    if (sysconf(_SC_PAGESIZE) == 4096)
+        (void)hold_expect(map->data, map->nbytes);
+    rc = hold_prefetch(map->data, map->nbytes, 1);
+    hold_buffer_release(map);
+    return rc;
 }

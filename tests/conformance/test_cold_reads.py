@@ -132,16 +132,17 @@ def test_whatever_is_refused(tmp_path: Path, cached: str, refused: str) -> None:
     assert np.array_equal(memory, NOISE)
     if refused in ("nothing", "cachestat missing"):
         if direct_io(tmp_path / "file"):
-            assert after <= before, "what is cold stays so"
+            assert after <= before + mmap.PAGESIZE, "what is cold stays so, but for the mark"
     else:  # nearly all of it: others may have pages dropped meanwhile
         assert after > SIZE // 2
 
 
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_refusal_in_the_middle(tmp_path: Path, threads: int) -> None:
     segments = spread([SIZE], 0, 0)
     hits = []
-    for n in range(1, 60):
+    for n in range(1, 80):
         fd = make(tmp_path / "file", "cold")
         memory = np.frombuffer(mmap.mmap(-1, SIZE), np.uint8)
         segments["address"] = memory.ctypes.data

@@ -1,0 +1,162 @@
+"""A cold file is read past the page cache the first time, and brought into it the second time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import holdfast
+from holdfast import _engine
+from holdfast.errors import FormatError
+from holdfast.layout import SEGMENT
+
+MIB = 1 << 20
+SIZE = 21 * MIB + 777
+NOISE = np.random.default_rng(6).integers(0, 256, SIZE, dtype=np.uint8)
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def unbanned() -> Iterator[None]:
+    yield
+    _engine.fault_arm(0, 0)
+    _engine.fault_ban(None, 0)
+
+
+def resident(path: Path) -> int:
+    """Bytes of the file in the page cache."""
+    with path.open("rb") as f:
+        nbytes = os.fstat(f.fileno()).st_size
+        return _engine.resident(_engine.map_file(f.fileno(), 0, nbytes), 0, nbytes)
+
+
+def drop(path: Path) -> None:
+    with path.open("r+b") as f:
+        os.fsync(f.fileno())
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(path: Path, nbytes: int = SIZE, threads: int = 0) -> None:
+    """Read the first bytes of the file as a load does, and check them."""
+    memory = np.zeros(nbytes, np.uint8)
+    segment = np.zeros(1, SEGMENT)
+    segment["nbytes"], segment["address"] = nbytes, memory.ctypes.data
+    with path.open("rb") as f:
+        _engine.read([f.fileno()], segment, threads=threads, filenames=[str(path)])
+    assert np.array_equal(memory, NOISE[:nbytes])
+    assert segment["crc"][0] == zlib.crc32(memory)
+
+
+@pytest.fixture
+def cold(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(NOISE.tobytes())
+    drop(path)
+    if resident(path):
+        pytest.skip("this file system keeps files in the page cache")
+    read(path)
+    if resident(path) != PAGE:
+        pytest.skip("no O_DIRECT here, or no way to ask what is in the page cache")
+    drop(path)
+    return path
+
+
+def test_once_again_and_from_then_on(cold: Path) -> None:
+    read(cold)
+    assert resident(cold) == PAGE, "the mark alone"
+    read(cold)
+    assert resident(cold) == SIZE
+    read(cold)
+    assert resident(cold) == SIZE
+
+
+@pytest.mark.parametrize("threads", [1, 3, 12])
+def test_any_number_of_threads(cold: Path, threads: int) -> None:
+    for _ in range(3):
+        read(cold, threads=threads)
+    assert resident(cold) == SIZE
+
+
+def test_an_emptied_cache_forgets(cold: Path) -> None:
+    for _ in range(3):
+        read(cold)
+        assert resident(cold) == PAGE
+        drop(cold)
+
+
+def test_a_part_leaves_no_mark(cold: Path) -> None:
+    for _ in range(3):
+        read(cold, 9 * MIB)
+    assert resident(cold) == 0
+
+
+def test_a_page_in_company_is_no_mark(cold: Path) -> None:
+    with cold.open("rb") as f:
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(f.fileno(), 3 * PAGE, SIZE // 8 * 5 // PAGE * PAGE - PAGE)
+    read(cold)
+    assert resident(cold) == 3 * PAGE
+
+
+def test_without_cachestat_each_is_the_first(cold: Path) -> None:
+    _engine.fault_ban("cachestat", errno.ENOSYS)
+    for _ in range(3):
+        read(cold)
+        assert resident(cold) == PAGE
+
+
+def test_what_is_only_verified(tmp_path: Path) -> None:
+    """It leaves no mark: the load after it is the first."""
+    path = tmp_path / "ckpt"
+    holdfast.save({"x": NOISE}, path)
+    drop(path)
+    before = resident(path)
+    assert holdfast.verify(path).ok
+    assert resident(path) - before < MIB
+    assert holdfast.verify(path).ok
+    assert resident(path) - before < MIB
+
+
+def test_loads(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt"
+    saved = {"x": NOISE, "y": NOISE[::-1].copy()}
+    holdfast.save(saved, path)
+    drop(path)
+    for _ in range(3):
+        loaded = holdfast.load(path, mmap=False)
+        assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
+    assert resident(path) == path.stat().st_size
+
+
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOMEM, errno.EINTR, 0])
+def test_every_call_failing(cold: Path, error: int) -> None:
+    """The second load gives the right bytes, or says what failed."""
+    for n in range(1, 1000):
+        drop(cold)
+        read(cold, threads=1)
+        _engine.fault_arm(n, error)
+        try:
+            read(cold, threads=1)
+        except (OSError, MemoryError, FormatError):
+            assert error in (errno.EIO, errno.ENOMEM)
+        hit = _engine.fault_hit()
+        _engine.fault_arm(0, 0)
+        if hit is None:
+            assert n > 5
+            return
+    raise AssertionError("it never ended")
+
+
+def test_it_ends_early(cold: Path) -> None:
+    """A marked file that is shorter by now: an error, no crash."""
+    read(cold)
+    os.truncate(cold, SIZE - 3 * MIB)
+    with pytest.raises((FormatError, OSError)):
+        read(cold)
