@@ -271,13 +271,20 @@ static double seconds(void)
  * Chunks [first, stop) in whichever way is faster: through the page cache, which copies as fast as
  * memory does until the kernel has to find pages or to write back, or past it, which is as fast as
  * the device. Which it is changes from minute to minute, so both are tried, once the cache is not
- * fast enough, and the slower one is left as soon as it is seen to be that.
+ * fast enough, and the slower one is left as soon as it is seen to be that. Away from the cache, it is
+ * tried again now and then, half as often each time in vain: it may have had a bad moment.
  */
 static int put_faster(writer *w, size_t first, size_t stop, int flags, const hold_options *options)
 {
     double rate[2] = {0, 0}; /* last seen, of the page cache and of O_DIRECT, in bytes a second */
     bool direct = false, used = false;
+    uint64_t away = 0, patience = batch[1]; /* bytes since the cache was tried, and until it is */
     while (first < stop) {
+        if (direct && away >= patience) {
+            direct = false;
+            rate[0] = 0;
+            patience *= 2;
+        }
         uint64_t most = (rate[direct] == 0 ? probe : batch)[direct];
         size_t next = first + 1;
         while (next < stop && w->plan.chunks[next].end - w->plan.chunks[first].begin <= most)
@@ -294,6 +301,7 @@ static int put_faster(writer *w, size_t first, size_t stop, int flags, const hol
             return rc;
         uint64_t moved = w->plan.chunks[next - 1].end - w->plan.chunks[first].begin;
         rate[direct] = (double)moved / (seconds() - begun + 1e-9);
+        away = direct ? away + moved : 0;
         used |= direct && atomic_load(&w->direct);
         if (wanted && !atomic_load(&w->direct))
             rate[1] = 1; /* it was refused: never again */
