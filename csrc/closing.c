@@ -14,21 +14,57 @@
 #define WAIT_STEPS (30 * 1000)
 #define STACK ((size_t)64 << 10)
 
-/* How many there are, and whose: a child made by fork() has none of its parent's threads. */
-static atomic_int closing;
-static _Atomic pid_t owner;
+/* File systems whose files lose their names at once, whoever holds them open. */
+static const uint64_t local_kinds[] = {
+    0xEF53,     /* ext4 */
+    0x58465342, /* xfs */
+    0x9123683E, /* btrfs */
+    0xF2F52010, /* f2fs */
+    0x01021994, /* tmpfs */
+};
 
-static int count(void)
+static atomic_int closing;
+static atomic_uint ended;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+/* A child made by fork() has none of its parent's threads. */
+static void forget(void)
 {
-    pid_t self = getpid(), last = atomic_load(&owner);
-    if (last != self && atomic_compare_exchange_strong(&owner, &last, self))
-        atomic_store(&closing, 0);
-    return atomic_load(&closing);
+    atomic_store(&closing, 0);
+}
+
+static void watch_forks(void)
+{
+    (void)pthread_atfork(NULL, NULL, forget);
+}
+
+static bool is_local(int fd)
+{
+    uint64_t kind;
+    if (hold_filesystem(fd, &kind) != 0)
+        return false;
+    for (size_t i = 0; i < sizeof local_kinds / sizeof *local_kinds; i++)
+        if (kind == local_kinds[i])
+            return true;
+    return false;
+}
+
+int hold_close_hold(int dirfd, const char *name, int64_t size)
+{
+    if (size < HOLD_CLOSE_LATER_MIN)
+        return -ENOENT;
+    int fd = HOLD_RETRY(hold_sys_openat(dirfd, name, O_PATH | O_NOFOLLOW, 0));
+    if (fd >= 0 && !is_local(fd)) {
+        (void)hold_sys_close(fd);
+        fd = -ENOENT;
+    }
+    return fd;
 }
 
 static void *finish(void *argument)
 {
     (void)hold_sys_close((int)(intptr_t)argument);
+    atomic_fetch_add(&ended, 1);
     atomic_fetch_sub(&closing, 1);
     return NULL;
 }
@@ -52,21 +88,26 @@ static bool start(int fd)
 
 void hold_close_later(int fd)
 {
-    bool room = count() < MOST;
-    if (room)
-        atomic_fetch_add(&closing, 1);
+    (void)pthread_once(&once, watch_forks);
+    bool room = atomic_fetch_add(&closing, 1) < MOST;
     if (room && start(fd))
         return;
-    if (room)
-        atomic_fetch_sub(&closing, 1);
+    atomic_fetch_sub(&closing, 1);
     (void)hold_sys_close(fd);
 }
 
-bool hold_close_wait(void)
+unsigned hold_close_ended(void)
 {
-    if (count() == 0)
+    return atomic_load(&ended);
+}
+
+bool hold_close_wait(int64_t rc, unsigned *seen)
+{
+    if (rc != -ENOSPC && rc != -EDQUOT)
         return false;
-    for (int i = 0; i < WAIT_STEPS && count() > 0; i++)
+    for (int i = 0; i < WAIT_STEPS && atomic_load(&closing) > 0; i++)
         nanosleep(&(struct timespec){.tv_nsec = WAIT_STEP}, NULL);
-    return count() == 0;
+    unsigned now = atomic_load(&ended), before = *seen;
+    *seen = now;
+    return now != before;
 }

@@ -14,15 +14,26 @@
 #define HOLD_CLOSE_LATER_MIN ((int64_t)16 << 20)
 
 /*
+ * Hold on to a large file whose name is about to go: a descriptor that opens nothing (O_PATH), or < 0
+ * where it is not worth it, or on a file system that is not known to forget a name that is held (NFS
+ * gives the file another one first).
+ */
+int hold_close_hold(int dirfd, const char *name, int64_t size);
+
+/*
  * Close `fd` in a thread of its own that nobody waits for, or at once where there are many already or
  * none can be started. A process that ends waits for them, as the kernel has it.
  */
 void hold_close_later(int fd);
 
+/* How many have been closed so since the process began. */
+unsigned hold_close_ended(void);
+
 /*
- * Wait until what is being closed is closed: for who has found the device full. False: there was
- * nothing to wait for, or it did not end in time.
+ * For who is told that there is no room (`rc` is -ENOSPC or -EDQUOT; with others nothing happens): wait
+ * for what is being closed. True where any of it was closed since *seen, a hold_close_ended() of before
+ * the attempt, which is brought up to date: try again.
  */
-bool hold_close_wait(void);
+bool hold_close_wait(int64_t rc, unsigned *seen);
 
 #endif

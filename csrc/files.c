@@ -87,11 +87,12 @@ static int put(int fd, const char *data, uint64_t nbytes)
 {
     const uint64_t most = (uint64_t)SSIZE_MAX & ~(uint64_t)4095;
     uint64_t done = 0;
+    unsigned closed = hold_close_ended();
     while (done < nbytes) {
         const uint64_t left = nbytes - done;
         const ssize_t n = HOLD_RETRY(
             hold_sys_pwrite(fd, data + done, (size_t)(left < most ? left : most), (off_t)done));
-        if (n == -ENOSPC && hold_close_wait())
+        if (hold_close_wait(n, &closed))
             continue;
         if (n <= 0)
             return n < 0 ? (int)n : HOLD_ESTALL;

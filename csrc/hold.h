@@ -41,6 +41,7 @@ struct hold_buffer {
     size_t nbytes;
     void *base;  /* what is given back: the mapping's start ... */
     size_t span; /* ... and length */
+    unsigned forks; /* as hold_kept_forks() said when it was allocated */
     void (*dispose)(hold_buffer *self);
     void (*let_go)(void *owner); /* of lent memory: gives `base`, its owner, back */
 };

@@ -3,6 +3,8 @@
 
 #include "sys.h"
 
+#include <pthread.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -20,6 +22,33 @@ static struct {
     size_t n;
     range ranges[RANGES_MAX];
 } kept = {.busy = ATOMIC_FLAG_INIT};
+
+static atomic_uint forks;
+
+static void forked(void)
+{
+    atomic_fetch_add(&forks, 1);
+}
+
+static void forked_child(void)
+{
+    forked();
+    if (atomic_flag_test_and_set(&kept.busy)) {
+        kept.n = 0;
+        atomic_store(&kept.bytes, 0);
+    }
+    atomic_flag_clear(&kept.busy);
+}
+
+static void watch_forks(void)
+{
+    (void)pthread_atfork(NULL, forked, forked_child);
+}
+
+unsigned hold_kept_forks(void)
+{
+    return atomic_load(&forks);
+}
 
 static bool enter(void)
 {
@@ -68,8 +97,8 @@ size_t hold_kept_give_back(size_t nbytes)
     size_t done = 0;
     while (done < nbytes && atomic_load_explicit(&kept.bytes, memory_order_relaxed)) {
         range found = {0};
-        if (!enter())
-            break;
+        while (!enter())
+            sched_yield();
         if (kept.n) {
             size_t last = kept.n - 1, span = kept.ranges[last].span;
             /* The start stays a multiple of HOLD_HUGE long, so that what is put there joins it. */
@@ -104,7 +133,10 @@ void *hold_kept_take(size_t nbytes, size_t *span)
         hold_kept_give_back(nbytes);
         return NULL;
     }
-    if (HOLD_RETRY(hold_sys_madvise(found.base, found.span, MADV_KEEPONFORK)) < 0) {
+    /* As new, whatever its last owner had the kernel do with it. */
+    if (HOLD_RETRY(hold_sys_madvise(found.base, found.span, MADV_KEEPONFORK)) < 0 ||
+        HOLD_RETRY(hold_sys_madvise(found.base, found.span, MADV_DOFORK)) < 0 ||
+        HOLD_RETRY(hold_sys_mprotect(found.base, found.span, PROT_READ | PROT_WRITE)) < 0) {
         hold_sys_munmap(found.base, found.span);
         return NULL;
     }
@@ -160,6 +192,8 @@ void hold_kept_put(void *base, size_t span)
 
 void hold_keep(size_t most)
 {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    (void)pthread_once(&once, watch_forks);
     atomic_store_explicit(&kept.most, most, memory_order_relaxed);
     size_t bytes = atomic_load_explicit(&kept.bytes, memory_order_relaxed);
     if (bytes > most)

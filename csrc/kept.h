@@ -9,10 +9,11 @@
  *             before it swaps and before it kills.
  * No more     An allocation that finds nothing fitting first gives back as many bytes of what is
  *             kept as it takes: the process never holds more than it once needed at a time.
- * Private     A child made by fork() finds its copy empty (MADV_WIPEONFORK): it copies no pages.
+ * Private     A child made by fork() finds its copy empty (MADV_WIPEONFORK): it copies no pages. What was
+ *             allocated before a fork is not kept: the kernel takes back no page that two have.
  *
- * Any thread may call, after a fork too: where the table is busy for long, as it stays if a fork
- * came between, calls do without it.
+ * Any thread may call. Where the table is busy for long, allocations do without it; a child begins
+ * with an empty one if another thread of its parent was just there.
  */
 #ifndef HOLD_KEPT_H
 #define HOLD_KEPT_H
@@ -20,6 +21,9 @@
 #include "hold.h"
 
 #define HOLD_HUGE ((size_t)2 << 20)
+
+/* How often this process has forked, or was: memory that is older than that may be another's, too. */
+unsigned hold_kept_forks(void);
 
 /*
  * A kept range of at least `nbytes`, aligned to HOLD_HUGE, with whatever it held; *span is how long

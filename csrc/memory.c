@@ -37,7 +37,10 @@ static void dispose(hold_buffer *self)
 
 static void dispose_huge(hold_buffer *self)
 {
-    hold_kept_put(self->base, self->span);
+    if (self->forks == hold_kept_forks())
+        hold_kept_put(self->base, self->span);
+    else
+        hold_sys_munmap(self->base, self->span);
     free(self);
     atomic_fetch_sub(&live, 1);
 }
@@ -128,6 +131,7 @@ static int huge(hold_buffer *self, size_t span)
     }
     self->data = self->base = data;
     self->dispose = dispose_huge;
+    self->forks = hold_kept_forks();
     return 0;
 }
 

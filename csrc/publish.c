@@ -183,10 +183,9 @@ static int open_old(const hold_place *place)
  */
 static int hold_large(const hold_publication *self)
 {
-    if (!self->existed || self->old.st.st_size < HOLD_CLOSE_LATER_MIN)
+    if (!self->existed)
         return -ENOENT;
-    const int flags = O_PATH | O_NOFOLLOW;
-    return HOLD_RETRY(hold_sys_openat(self->place.dirfd, self->place.name, flags, 0));
+    return hold_close_hold(self->place.dirfd, self->place.name, self->old.st.st_size);
 }
 
 static void let_go(const hold_publication *self, int old)

@@ -308,18 +308,18 @@ int hold_read(const int *fds, size_t nfds, hold_segment *segments, size_t n,
     if (rc)
         return rc;
     uint64_t nbytes = 0;
-    bool loading = false;
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++)
         nbytes += segments[i].nbytes;
-        loading |= segments[i].data != NULL;
-    }
     r.step = (size_t)hold_plan_step(nbytes, options->threads > 0 ? options->threads
                                                                  : DIRECT_WORKERS);
     rc = hold_plan_make(segments, n, true, r.step, no_cuts, options->checksum, &r.plan);
     if (rc)
         return rc;
     if (nbytes >= DIRECT_MIN)
-        hold_origins_begin(&r.origins, fds, nfds, loading);
+        hold_origins_begin(&r.origins, fds, nfds);
+    for (size_t i = 0; r.origins.files && i < n; i++)
+        hold_origins_want(&r.origins, segments[i].file, segments[i].nbytes,
+                          segments[i].data != NULL);
     r.job = (hold_job){.task = get_chunk, .context = &r, .options = options};
     r.job.buffer_nbytes = r.step + (r.origins.files ? 2 * HOLD_UNCACHED_ALIGN_MAX : 0);
     rc = hold_job_run(&r.job, 0, r.plan.n,

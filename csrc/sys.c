@@ -413,6 +413,11 @@ void hold_sys_munmap(void *data, size_t nbytes)
     munmap(data, nbytes);
 }
 
+int hold_sys_mprotect(void *data, size_t nbytes, int prot)
+{
+    CALL("mprotect", int, mprotect(data, nbytes, prot));
+}
+
 int hold_sys_madvise(void *data, size_t nbytes, int advice)
 {
     CALL("madvise", int, madvise(data, nbytes, advice));

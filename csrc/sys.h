@@ -103,6 +103,7 @@ ssize_t hold_sys_getdents(int fd, void *out, size_t nbytes);
 int hold_sys_mmap(void *hint, size_t nbytes, int prot, int flags, int fd, off_t offset,
                   void **out);
 void hold_sys_munmap(void *data, size_t nbytes);
+int hold_sys_mprotect(void *data, size_t nbytes, int prot);
 int hold_sys_madvise(void *data, size_t nbytes, int advice);
 int hold_sys_mincore(void *data, size_t nbytes, unsigned char *out);
 

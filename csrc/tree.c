@@ -124,9 +124,9 @@ static int hold_large(remover *r, int dirfd, const entry *e)
     if (r->looked++ >= LOOK_MOST || (e->type != DT_REG && e->type != DT_UNKNOWN))
         return -ENOENT;
     if (HOLD_RETRY(hold_sys_fstatat(dirfd, e->name, &st, AT_SYMLINK_NOFOLLOW)) < 0 ||
-        !S_ISREG(st.st_mode) || st.st_size < HOLD_CLOSE_LATER_MIN)
+        !S_ISREG(st.st_mode))
         return -ENOENT;
-    return HOLD_RETRY(hold_sys_openat(dirfd, e->name, O_PATH | O_NOFOLLOW, 0));
+    return hold_close_hold(dirfd, e->name, st.st_size);
 }
 
 /* Remove an entry that is no folder, or say that it is one. */

@@ -12,7 +12,7 @@
 #define MINCORE_PAGES 512  /* asked about at a time */
 #define MARK_ALONE ((uint64_t)64 << 10) /* nothing else is cached so far to each side of a mark */
 #define MARK_MIN ((uint64_t)8 << 20)    /* of a file: smaller ones are always read through the cache */
-#define MARK_SHARE 4       /* a file is brought into the cache if it is no more of the memory than this */
+#define MARK_SHARE 4       /* of the memory, at most, is read so by a call that brings files into the cache */
 #define FOLIO ((uint64_t)2 << 20)
 
 /* File systems known to read directly, for kernels that do not say what it asks of a file. */
@@ -22,15 +22,23 @@ static const uint32_t direct_kinds[] = {
     0x9123683E, /* btrfs */
 };
 
-void hold_origins_begin(hold_origins *self, const int *fds, size_t n, bool loading)
+void hold_origins_begin(hold_origins *self, const int *fds, size_t n)
 {
-    *self = (hold_origins){.files = calloc(n ? n : 1, sizeof *self->files), .n = n,
-                           .loading = loading};
+    *self = (hold_origins){.files = calloc(n ? n : 1, sizeof *self->files), .n = n};
     if (!self->files)
         return;
     pthread_mutex_init(&self->lock, NULL);
     for (size_t i = 0; i < n; i++)
         self->files[i] = (hold_origin){.fd = fds[i], .direct = -1};
+}
+
+void hold_origins_want(hold_origins *self, uint32_t file, uint64_t nbytes, bool loading)
+{
+    if (!self->files)
+        return;
+    self->files[file].wanted += nbytes;
+    self->wanted += nbytes;
+    self->loading |= loading;
 }
 
 void hold_origins_end(hold_origins *self)
@@ -132,13 +140,38 @@ static uint64_t count(const hold_origin *o, uint64_t begin, uint64_t end)
     return HOLD_RETRY(hold_sys_cachestat(o->fd, begin, end - begin, &found)) < 0 ? 0 : found;
 }
 
-/* Whether the page of the mark is cached and none beside it: nothing else leaves one alone. */
+/* How many bytes of memory the process may have: the machine's, or its control group's. */
+static uint64_t memory(void)
+{
+    static const char *const limits[] = {"/sys/fs/cgroup/memory.max",
+                                         "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
+    uint64_t most = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++) {
+        char text[32] = "";
+        int fd = HOLD_RETRY(hold_sys_openat(AT_FDCWD, limits[i], O_RDONLY, 0));
+        if (fd < 0)
+            continue;
+        if (HOLD_RETRY(hold_sys_pread(fd, text, sizeof text - 1, 0)) > 0 && *text >= '0' &&
+            *text <= '9') { /* "max" is no number */
+            uint64_t limit = strtoull(text, NULL, 10);
+            most = limit < most ? limit : most;
+        }
+        (void)hold_sys_close(fd);
+    }
+    return most;
+}
+
+/*
+ * Whether the page of the mark is cached and none beside it: nothing else leaves one alone. And whether
+ * the call that asks is one to fill the cache for: it reads most of the file, and all that it reads has
+ * room there.
+ */
 static bool is_marked(const hold_origins *self, const hold_origin *o)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), at = mark_at(o);
-    uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * page;
-    return self->loading && o->nbytes >= MARK_MIN && o->nbytes <= memory / MARK_SHARE &&
-           count(o, at, at + page) == 1 && count(o, at - MARK_ALONE, at + MARK_ALONE) == 1;
+    return self->loading && o->nbytes >= MARK_MIN && o->wanted >= o->nbytes / 2 &&
+           count(o, at, at + page) == 1 && count(o, at - MARK_ALONE, at + MARK_ALONE) == 1 &&
+           self->wanted <= memory() / MARK_SHARE;
 }
 
 /* ---- the second descriptor ---------------------------------------------------------------- */
@@ -254,7 +287,7 @@ void hold_origins_mark(hold_origins *self)
 int hold_origins_fill(hold_origins *self, uint32_t file, uint64_t begin, uint64_t end)
 {
     hold_origin *o = self->files ? &self->files[file] : NULL;
-    if (!o || !atomic_load_explicit(&o->again, memory_order_relaxed) ||
+    if (!o || !atomic_load_explicit(&o->again, memory_order_acquire) ||
         cached(self, o, begin, end) == 1)
         return 0;
     begin -= begin % FOLIO;

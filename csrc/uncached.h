@@ -34,6 +34,7 @@ typedef struct hold_origin {
     atomic_bool again;  /* loaded before, as the mark says: refused, and to be brought into the cache */
     atomic_uint_fast64_t passed; /* bytes that were read past the cache */
     uint64_t nbytes;    /* of the file */
+    uint64_t wanted;    /* bytes that the call reads of it */
     size_t mem_align;   /* what direct reads ask of memory: a power of two, like ... */
     uint64_t align;     /* ... that of offsets and lengths; mem_align is no larger */
     atomic_bool mapped; /* cachestat(2) is missing: mincore(2) of this map, of */
@@ -45,11 +46,14 @@ typedef struct hold_origins {
     hold_origin *files; /* NULL: everything through the page cache */
     size_t n;
     bool loading; /* what is read is kept in memory: marks are looked for, and left */
+    uint64_t wanted; /* bytes that the call reads of all */
     pthread_mutex_t lock; /* one at a time opens and maps */
 } hold_origins;
 
 /* Begin with n files. Where there is no memory, everything goes through the page cache. */
-void hold_origins_begin(hold_origins *self, const int *fds, size_t n, bool loading);
+void hold_origins_begin(hold_origins *self, const int *fds, size_t n);
+/* So many bytes of the file will be read; `loading`: to memory. To be called before others ask. */
+void hold_origins_want(hold_origins *self, uint32_t file, uint64_t nbytes, bool loading);
 /* Close and unmap what was opened; the fds are the caller's. */
 void hold_origins_end(hold_origins *self);
 

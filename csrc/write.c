@@ -71,12 +71,13 @@ static int drop_direct(writer *w)
 /* Write all of it. Bytes past the end of the segments are padding and do not count as done. */
 static int put(writer *w, hold_worker *worker, const char *data, size_t nbytes, uint64_t offset)
 {
+    unsigned closed = hold_close_ended();
     while (nbytes) {
         bool direct = atomic_load(&w->direct);
         ssize_t put = hold_sys_pwrite(w->fd, data, nbytes, (off_t)offset);
         if (put == -EINTR)
             continue;
-        if (put == -ENOSPC && hold_close_wait())
+        if (hold_close_wait(put, &closed))
             continue;
         int rc = put < 0 ? (int)put : put == 0 ? HOLD_ESTALL : 0;
         if (rc == -EINVAL && direct && (rc = drop_direct(w)) == 0)
@@ -224,6 +225,7 @@ static bool ask_direct(writer *w, const hold_options *options)
 static int preallocate(writer *w, uint64_t end, uint64_t size, uint64_t found)
 {
     uint64_t begin = size ? 0 : w->begin;
+    unsigned closed = hold_close_ended();
     if (w->plan.nbytes < PREALLOCATE_MIN || (size && size <= found && end <= found))
         return 0;
     if (end < size)
@@ -232,7 +234,7 @@ static int preallocate(writer *w, uint64_t end, uint64_t size, uint64_t found)
     /* tmpfs, interrupted, undoes all of it: where signals come faster than it ends it never would. */
     for (int tries = 0; rc == -EINTR && tries < PREALLOCATE_TRIES; tries++)
         rc = hold_sys_fallocate(w->fd, 0, (off_t)begin, (off_t)(end - begin));
-    if (rc == -ENOSPC && hold_close_wait()) /* what an earlier save replaced was still there */
+    while (hold_close_wait(rc, &closed)) /* what an earlier save replaced was still there */
         rc = HOLD_RETRY(hold_sys_fallocate(w->fd, 0, (off_t)begin, (off_t)(end - begin)));
     if (rc == -EINTR || rc == -EOPNOTSUPP || rc == -ENOTSUP || rc == -EINVAL || rc == -ENOSYS)
         return 0;

@@ -87,6 +87,33 @@ def test_a_disk_with_room_for_two(small_disk: Path, durable: bool, shards: int |
     assert os.listdir(small_disk) in (["ckpt", "lost+found"], ["lost+found", "ckpt"])
 
 
+@pytest.fixture
+def small_memory(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs with room for two files, but not for three."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    place = tmp_path / "memory"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", place]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    if done.returncode:
+        pytest.skip(f"no mounts here: {done.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_room_that_comes_just_then(small_memory: Path, durable: bool) -> None:
+    """The old file may be gone between the call that fails and the look at whether it is."""
+    for value in range(40):
+        saved = np.full(SIZE, value, np.uint8)
+        holdfast.save({"x": saved}, small_memory / "ckpt", durable=durable)
+    assert (holdfast.load(small_memory / "ckpt", mmap=False)["x"] == 39).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_does_not_wait_for_threads_of_its_parent(tmp_path: Path) -> None:
     path = tmp_path / "ckpt"
     for value in range(3):

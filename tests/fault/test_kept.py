@@ -37,12 +37,13 @@ def test_letting_go_is_interrupted() -> None:
     assert _engine.kept() == 4 * MIB
 
 
-def test_taking() -> None:
+@pytest.mark.parametrize(("n", "call"), [(1, "madvise"), (2, "madvise"), (3, "mprotect")])
+def test_taking(n: int, call: str) -> None:
     buffer = _engine.allocate(4 * MIB)
     del buffer
-    _engine.fault_arm(1, errno.ENOMEM)
+    _engine.fault_arm(n, errno.ENOMEM)
     again = _engine.allocate(4 * MIB)
-    assert _engine.fault_hit() == "madvise"
+    assert _engine.fault_hit() == call
     assert _engine.kept() == 0
     np.frombuffer(again, np.uint8)[:] = 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import subprocess
@@ -21,7 +22,10 @@ from holdfast import _engine, kept
 MIB = 1 << 20
 HUGE = 2 * MIB
 
-pytestmark = pytest.mark.skipif(kept.most() == 0, reason="this kernel is too old to keep memory")
+pytestmark = [
+    pytest.mark.skipif(kept.most() == 0, reason="this kernel is too old to keep memory"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +175,64 @@ def test_what_is_taken_is_forked_like_any_memory() -> None:
     child = os.fork()
     if not child:
         os._exit(0 if (np.frombuffer(again, np.uint8) == 9).all() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_what_two_processes_had_is_not_kept() -> None:
+    """The kernel takes no page back that a child has, too: it would stay for good."""
+    buffer = _engine.allocate(8 * MIB)
+    fill(buffer, 1)
+    child = os.fork()
+    if not child:
+        del buffer
+        os._exit(0 if _engine.kept() == 0 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    del buffer
+    assert _engine.kept() == 0
+    buffer = _engine.allocate(8 * MIB)
+    del buffer
+    assert _engine.kept() == 8 * MIB
+
+
+def test_a_child_of_a_busy_process_has_a_table() -> None:
+    """Where a thread is at it while another forks, the child begins with an empty one."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            _engine.allocate(2 * MIB)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(60):
+            child = os.fork()
+            if not child:
+                _engine.release_kept()
+                good = _engine.kept() == 0
+                buffer = _engine.allocate(4 * MIB)
+                del buffer
+                os._exit(0 if good and _engine.kept() == 4 * MIB else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_it_is_as_new() -> None:
+    """What its last owner had the kernel do with it is undone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = _engine.allocate(4 * MIB)
+    address, nbytes = ctypes.c_void_p(buffer.address), ctypes.c_size_t(len(buffer))
+    assert libc.madvise(address, nbytes, 10) == 0  # MADV_DONTFORK
+    assert libc.mprotect(address, nbytes, 1) == 0  # PROT_READ
+    del buffer
+    again = _engine.allocate(4 * MIB)
+    assert again.address == address.value
+    fill(again, 3)
+    child = os.fork()
+    if not child:
+        os._exit(0 if (np.frombuffer(again, np.uint8) == 3).all() else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
