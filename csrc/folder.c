@@ -242,7 +242,8 @@ int hold_folder_allow(hold_folder *self, bool replace)
 {
     self->exact = true;
     self->replace = replace;
-    /* Where there was none, the rename will tell whether one came since: it is to be asked about. */
+    /* Where there was none, the rename will tell whether one came since: it is to be asked
+     * about. */
     return replace || self->old_fd == -ENOENT ? 0 : check_empty(self);
 }
 

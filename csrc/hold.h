@@ -58,8 +58,9 @@ static inline void hold_buffer_release(hold_buffer *self)
 }
 
 /*
- * Anonymous memory, page-aligned; from 2 MiB on aligned to 2 MiB, with huge pages asked for, and what
- * an earlier buffer left in it (hold_keep()). nbytes may be 0. On success *out has one owner. Returns 0 or -errno (ENOMEM, if not injected).
+ * Anonymous memory, page-aligned; from 2 MiB on aligned to 2 MiB, with huge pages asked for, and
+ * what an earlier buffer left in it (hold_keep()). nbytes may be 0. On success *out has one owner.
+ * Returns 0 or -errno (ENOMEM, if not injected).
  */
 int hold_buffer_alloc(size_t nbytes, hold_buffer **out);
 
@@ -97,9 +98,9 @@ size_t hold_kept_release(void);
 int hold_filesystem(int fd, uint64_t *out);
 
 /*
- * Say that all of [data, data + nbytes) of a mapping of a file is going to be used: what of it is not
- * in the page cache is then read by folios of 2 MiB, and ahead (MADV_HUGEPAGE, as Linux takes it since
- * 5.18; before, and without huge pages, nothing changes). 0 or -errno.
+ * Say that all of [data, data + nbytes) of a mapping of a file is going to be used: what of it is
+ * not in the page cache is then read by folios of 2 MiB, and ahead (MADV_HUGEPAGE, as Linux takes
+ * it since 5.18; before, and without huge pages, nothing changes). 0 or -errno.
  */
 int hold_expect(const void *data, size_t nbytes);
 
@@ -321,8 +322,8 @@ int hold_file_create(int dirfd, const char *path);
  *
  * Begun, it is an empty folder with a temporary name beside the target, locked with flock;
  * temporaries of the same target whose owner is dead are removed, with all that is in them. Mode,
- * ACLs, and owner and group where this process may set them, are those of the folder that has the name,
- * or else 0777 & ~umask.
+ * ACLs, and owner and group where this process may set them, are those of the folder that has the
+ * name, or else 0777 & ~umask.
  */
 typedef struct hold_folder hold_folder;
 

@@ -73,7 +73,7 @@ static void count(size_t more, size_t fewer)
     atomic_store_explicit(&kept.bytes, bytes + more - fewer, memory_order_relaxed);
 }
 
-/* Take `nbytes` from the start or the end of range i; all of it, where no more is left than that. */
+/* Take `nbytes` from the start or the end of range i, or all of it where it has no more. */
 static range cut(size_t i, size_t nbytes, bool start)
 {
     range *from = &kept.ranges[i], taken = *from;

@@ -9,8 +9,9 @@
  *             before it swaps and before it kills.
  * No more     An allocation that finds nothing fitting first gives back as many bytes of what is
  *             kept as it takes: the process never holds more than it once needed at a time.
- * Private     A child made by fork() finds its copy empty (MADV_WIPEONFORK): it copies no pages. What was
- *             allocated before a fork is not kept: the kernel takes back no page that two have.
+ * Private     A child made by fork() finds its copy empty (MADV_WIPEONFORK): it copies no pages.
+ *             What was allocated before a fork is not kept: the kernel takes back no page that two
+ *             processes have.
  *
  * Any thread may call. Where the table is busy for long, allocations do without it; a child begins
  * with an empty one if another thread of its parent was just there.
@@ -22,7 +23,7 @@
 
 #define HOLD_HUGE ((size_t)2 << 20)
 
-/* How often this process has forked, or was: memory that is older than that may be another's, too. */
+/* How often this process has forked, or was: older memory may be another's, too. */
 unsigned hold_kept_forks(void);
 
 /*
@@ -34,7 +35,7 @@ void *hold_kept_take(size_t nbytes, size_t *span);
 /* Give back at least `nbytes` of what is kept, or all. Returns how many bytes that were. */
 size_t hold_kept_give_back(size_t nbytes);
 
-/* Keep a private, anonymous range, aligned to HOLD_HUGE; or unmap it, where that is not possible. */
+/* Keep a private, anonymous range, aligned to HOLD_HUGE; or unmap it, if that cannot be. */
 void hold_kept_put(void *base, size_t span);
 
 #endif

@@ -59,8 +59,9 @@ static int enter(hold_place *place, char *path, bool folder)
 }
 
 /*
- * May a link be followed? Not one that another user has put into a folder of everybody's (/tmp): the
- * kernel, which is not asked to follow it here, refuses that too where fs.protected_symlinks is set.
+ * May a link be followed? Not one that another user has put into a folder of everybody's (/tmp):
+ * the kernel, which is not asked to follow it here, refuses that too where fs.protected_symlinks is
+ * set.
  */
 static int check_link(const hold_place *place, const struct stat *link)
 {

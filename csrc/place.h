@@ -36,9 +36,9 @@ static inline bool hold_same_file(const struct stat *a, const struct stat *b)
 
 /*
  * Find where `path` leads, through symbolic links. `folder`: it is to be one, so that slashes may
- * follow, and "." or ".." give -EBUSY; else those and slashes give -EISDIR. A link of another user's
- * in a sticky folder that everybody may write to gives -EACCES. Returns 1 where that exists, and
- * *found is it (never a link), or 0 where it does not. The caller ends `out` with
+ * follow, and "." or ".." give -EBUSY; else those and slashes give -EISDIR. A link of another
+ * user's in a sticky folder that everybody may write to gives -EACCES. Returns 1 where that exists,
+ * and *found is it (never a link), or 0 where it does not. The caller ends `out` with
  * hold_place_leave(), on failure too.
  */
 int hold_place_find(const char *path, bool folder, hold_place *out, struct stat *found);

@@ -26,7 +26,8 @@ static int check_kind(const struct stat *st)
 
 /*
  * Whether a path leads, by a link of /proc, to a file without a name. What another saver is just
- * taking the name from has none either; that is found by its name, and in the next moment another is.
+ * taking the name from has none either; that is found by its name, and in the next moment another
+ * is.
  */
 static bool is_nameless(const char *path, const struct stat *st)
 {

@@ -41,7 +41,8 @@ typedef struct {
     uint64_t end;
 } stretch;
 
-/* The first segment that has bytes at `offset` or behind it: what lacks them if the file ends there. */
+/* The first segment that has bytes at `offset` or behind it: what lacks them if the file ends
+ * there. */
 static int64_t lacking(const reader *r, uint32_t file, uint64_t offset)
 {
     int64_t found = hold_segments_find(r->segments, r->n, &file, offset);

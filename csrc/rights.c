@@ -63,7 +63,8 @@ int hold_rights_read(int fd, const char *name, hold_rights *out)
     return 0;
 }
 
-/* 1 where that changed something, 0 where not, -EPERM where it cannot be done, or another -errno. */
+/* 1 where that changed something, 0 where not, -EPERM where it cannot be done, or another
+ * -errno. */
 static int give_acl(int fd, const hold_rights *model, int i)
 {
     int rc = 0;
@@ -80,7 +81,8 @@ static int give_acl(int fd, const hold_rights *model, int i)
     return rc < 0 ? rc : 1;
 }
 
-/* Owner and group of the model, as far as they can be had; which mode goes with what there is then. */
+/* Owner and group of the model, as far as they can be had; which mode goes with what there is
+ * then. */
 static mode_t give_owner(int fd, const struct stat *now, const struct stat *model)
 {
     mode_t mode = model->st_mode & 07777;

@@ -16,14 +16,14 @@
 
 typedef struct hold_rights {
     struct stat st;   /* of which mode, owner and group are looked at */
-    size_t nbytes[2]; /* of the ACL, and of that which a folder has for what is made in it; 0: none */
+    size_t nbytes[2]; /* of the ACL, and of a folder's for what is made in it; 0: none */
     char acl[2][HOLD_ACL_MOST];
 } hold_rights;
 
 /*
- * The ACLs of the file `name` of the folder `fd`, or, where `name` is NULL, of the file `fd` itself;
- * out->st is what stat says of it, and then without the rights of the group where there may be an
- * ACL that cannot be seen: where /proc is not mounted, that of a file which may not be read.
+ * The ACLs of the file `name` of the folder `fd`, or, where `name` is NULL, of the file `fd`
+ * itself; out->st is what stat says of it, and then without the rights of the group where there may
+ * be an ACL that cannot be seen: where /proc is not mounted, that of a file which may not be read.
  */
 int hold_rights_read(int fd, const char *name, hold_rights *out);
 

@@ -79,8 +79,8 @@ static void dismiss(void *argument)
 }
 
 /*
- * A callback that wants Python's lock while the interpreter ends does not return: its thread is ended
- * by pthread_exit(), and with it the stack on which all this is.
+ * A callback that wants Python's lock while the interpreter ends does not return: its thread is
+ * ended by pthread_exit(), and with it the stack on which all this is.
  */
 static void work_together(crew *self, int threads)
 {

@@ -63,10 +63,10 @@ int hold_job_finish(hold_job *job);
 int hold_cpu_count(void);
 
 /*
- * What a thread of the engine blocks. Signals are for the program's own threads; here they would only
- * cut transfers short. But what a worker itself brings about, as by a touch of a map whose file was
- * cut, is told where it happens: blocked, it would end the process without a word of whoever handles
- * it (faulthandler).
+ * What a thread of the engine blocks. Signals are for the program's own threads; here they would
+ * only cut transfers short. But what a worker itself brings about, as by a touch of a map whose
+ * file was cut, is told where it happens: blocked, it would end the process without a word of
+ * whoever handles it (faulthandler).
  */
 void hold_signals_of_others(sigset_t *out);
 

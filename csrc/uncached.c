@@ -11,8 +11,8 @@
 #define ALIGN_UNSAID 4096u /* what any device takes */
 #define MINCORE_PAGES 512  /* asked about at a time */
 #define MARK_ALONE ((uint64_t)64 << 10) /* nothing else is cached so far to each side of a mark */
-#define MARK_MIN ((uint64_t)8 << 20)    /* of a file: smaller ones are always read through the cache */
-#define MARK_SHARE 4       /* of the memory, at most, is read so by a call that brings files into the cache */
+#define MARK_MIN ((uint64_t)8 << 20)    /* smaller files have none */
+#define MARK_SHARE 4 /* of the memory, at most, is what a call reads that fills the cache */
 #define FOLIO ((uint64_t)2 << 20)
 
 /* File systems known to read directly, for kernels that do not say what it asks of a file. */
@@ -162,9 +162,9 @@ static uint64_t memory(void)
 }
 
 /*
- * Whether the page of the mark is cached and none beside it: nothing else leaves one alone. And whether
- * the call that asks is one to fill the cache for: it reads most of the file, and all that it reads has
- * room there.
+ * Whether the page of the mark is cached and none beside it: nothing else leaves one alone. And
+ * whether the call that asks is one to fill the cache for: it reads most of the file, and all that
+ * it reads has room there.
  */
 static bool is_marked(const hold_origins *self, const hold_origin *o)
 {
@@ -295,7 +295,9 @@ int hold_origins_fill(hold_origins *self, uint32_t file, uint64_t begin, uint64_
     if (end > o->nbytes)
         end = o->nbytes;
     hold_buffer *map;
-    int rc = begin < end ? hold_buffer_map(o->fd, begin, (size_t)(end - begin), false, &map) : -ENODATA;
+    if (begin >= end)
+        return -ENODATA;
+    int rc = hold_buffer_map(o->fd, begin, (size_t)(end - begin), false, &map);
     if (rc < 0)
         return rc;
     if (sysconf(_SC_PAGESIZE) == 4096)

@@ -8,10 +8,10 @@
  * read through the page cache, as if this file did not exist. Asking brings nothing into the cache
  * and starts no readahead; that is why it is not preadv2(RWF_NOWAIT), which does both.
  *
- * A file that is loaded once need not be in the page cache; one that is loaded again should be. Which
- * it is the cache itself remembers: a load past it leaves one page there, alone in the midst of the
- * file (the mark), and the next load that finds it brings the file into the cache. With the cache
- * emptied, or short of room, the mark is gone and the file one that nobody has loaded.
+ * A file that is loaded once need not be in the page cache; one that is loaded again should be.
+ * Which it is the cache itself remembers: a load past it leaves one page there, alone in the midst
+ * of the file (the mark), and the next load that finds it brings the file into the cache. With the
+ * cache emptied, or short of room, the mark is gone and the file one that nobody has loaded.
  */
 #ifndef HOLD_UNCACHED_H
 #define HOLD_UNCACHED_H
@@ -31,7 +31,7 @@ typedef struct hold_origin {
     int direct;         /* the second one; -1 while it is not open */
     atomic_bool asked;  /* the fields below it and `direct` are what they will be */
     atomic_bool refused;
-    atomic_bool again;  /* loaded before, as the mark says: refused, and to be brought into the cache */
+    atomic_bool again;  /* loaded before, as the mark says: refused, to be brought into the cache */
     atomic_uint_fast64_t passed; /* bytes that were read past the cache */
     uint64_t nbytes;    /* of the file */
     uint64_t wanted;    /* bytes that the call reads of it */

@@ -113,7 +113,8 @@ static void gather(const writer *w, const hold_piece *piece, size_t nbytes, char
 /*
  * Through the page cache, by windows that end at multiples of FOLIO: so it holds the file in folios
  * of that size, even where tensors meet. To map those later takes one entry of a page table for
- * each, where smaller ones take one for every page. What fills a window is written from where it is.
+ * each, where smaller ones take one for every page. What fills a window is written from where it
+ * is.
  */
 static int put_buffered(writer *w, hold_chunk *chunk, hold_worker *worker)
 {
@@ -217,8 +218,8 @@ static bool ask_direct(writer *w, const hold_options *options)
 }
 
 /*
- * Room on the device for all of it, if the file system can tell beforehand: of the whole file, where
- * its size is known. A block that is left out gets its place when the file takes the name of
+ * Room on the device for all of it, if the file system can tell beforehand: of the whole file,
+ * where its size is known. A block that is left out gets its place when the file takes the name of
  * another one, and ext4 then starts to write back all the others before the rename returns. A file
  * that has this size has the room: tmpfs would look at every page, for each part that is written.
  */
@@ -231,7 +232,8 @@ static int preallocate(writer *w, uint64_t end, uint64_t size, uint64_t found)
     if (end < size)
         end = size;
     int rc = -EINTR;
-    /* tmpfs, interrupted, undoes all of it: where signals come faster than it ends it never would. */
+    /* tmpfs, interrupted, undoes all of it: where signals come faster than it ends it never
+     * would. */
     for (int tries = 0; rc == -EINTR && tries < PREALLOCATE_TRIES; tries++)
         rc = hold_sys_fallocate(w->fd, 0, (off_t)begin, (off_t)(end - begin));
     while (hold_close_wait(rc, &closed)) /* what an earlier save replaced was still there */
@@ -273,8 +275,8 @@ static double seconds(void)
  * Chunks [first, stop) in whichever way is faster: through the page cache, which copies as fast as
  * memory does until the kernel has to find pages or to write back, or past it, which is as fast as
  * the device. Which it is changes from minute to minute, so both are tried, once the cache is not
- * fast enough, and the slower one is left as soon as it is seen to be that. Away from the cache, it is
- * tried again now and then, half as often each time in vain: it may have had a bad moment.
+ * fast enough, and the slower one is left as soon as it is seen to be that. Away from the cache, it
+ * is tried again now and then, half as often each time in vain: it may have had a bad moment.
  */
 static int put_faster(writer *w, size_t first, size_t stop, int flags, const hold_options *options)
 {

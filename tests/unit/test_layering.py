@@ -128,6 +128,19 @@ def test_no_file_is_too_long() -> None:
     assert not {path: n for path, n in lengths.items() if n > 500}
 
 
+def test_no_line_of_c_is_too_wide() -> None:
+    paths = sorted(CSRC.glob("*.[ch]"))
+    if not paths:
+        pytest.skip("no sources beside the tests")
+    wide = [
+        f"{path.name}:{number}"
+        for path in paths
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert not wide
+
+
 def test_import_brings_in_numpy_at_most() -> None:
     code = """
 import sys
