@@ -214,14 +214,22 @@ def read_tensors(
     return batch
 
 
+def _zeros(nbytes: int) -> Buffer:
+    """Memory in which there is nothing: what an earlier buffer left there is let go of."""
+    buffer = _engine.allocate(nbytes)
+    _engine.drop(buffer, 0, nbytes)
+    return buffer
+
+
 def blank_tensors(index: Index, rows: np.ndarray) -> TensorBatch:
     """Tensors in fresh memory, for where nobody wants to know what is in the file: zeros."""
     if index.storages is not None:
-        found = storages.blank(index, storages.used(index, rows), _place)
+        place = bind(_place, allocate=_zeros)
+        found = storages.blank(index, storages.used(index, rows), place)
         return storages.view_entries(index, found, rows)
     batch = _batch(index, index.some(rows))
     nbytes = batch.views["nbytes"].astype(np.int64)
-    batch.views["address"], batch.owner, batch.owners = _place(nbytes)
+    batch.views["address"], batch.owner, batch.owners = _place(nbytes, _zeros)
     return batch
 
 

@@ -25,6 +25,15 @@ def eventually(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
+def unmount(place: Path) -> None:
+    """What is still being closed there keeps it busy for a moment."""
+    for _ in range(200):
+        if subprocess.run(["umount", place], capture_output=True, timeout=60).returncode == 0:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{place} stays busy")
+
+
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
@@ -72,7 +81,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", place], check=True, timeout=60)
+        unmount(place)
 
 
 @pytest.mark.parametrize("shards", [None, 20 * MIB], ids=["file", "shards"])
@@ -101,7 +110,7 @@ def small_memory(tmp_path: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", place], check=True, timeout=60)
+        unmount(place)
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -113,6 +122,7 @@ def test_room_that_comes_just_then(small_memory: Path, durable: bool) -> None:
     assert (holdfast.load(small_memory / "ckpt", mmap=False)["x"] == 39).all()
 
 
+@pytest.mark.skipif("HOLDFAST_SANITIZED" in os.environ, reason="its locks stay held in a child")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_does_not_wait_for_threads_of_its_parent(tmp_path: Path) -> None:
     path = tmp_path / "ckpt"
