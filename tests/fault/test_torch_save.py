@@ -61,7 +61,9 @@ def test_killed_at_any_moment(tmp_path: Path, ban: str, format: str) -> None:
     small = [np.full(i, 0) for i in range(50)]
     holdfast.save({"big": np.full(700_000, 0), "n": 0, "small": small}, path, format=format)
     last = moved = 0
-    for kill in range(KILLS):
+    for kill in range(4 * KILLS):
+        if kill >= KILLS and moved > 2:
+            break  # on a busy machine few savers come far enough before they are killed
         arguments = [str(path), str(last + 1), str(kill % 2), ban, format]
         with subprocess.Popen(
             [sys.executable, "-c", SAVER, *arguments], stdout=subprocess.PIPE, text=True
