@@ -15,7 +15,7 @@
 #define STACK ((size_t)64 << 10)
 
 /* File systems whose files lose their names at once, whoever holds them open. */
-static const uint64_t local_kinds[] = {
+static const uint32_t local_kinds[] = {
     0xEF53,     /* ext4 */
     0x58465342, /* xfs */
     0x9123683E, /* btrfs */
@@ -40,13 +40,7 @@ static void watch_forks(void)
 
 static bool is_local(int fd)
 {
-    uint64_t kind;
-    if (hold_filesystem(fd, &kind) != 0)
-        return false;
-    for (size_t i = 0; i < sizeof local_kinds / sizeof *local_kinds; i++)
-        if (kind == local_kinds[i])
-            return true;
-    return false;
+    return hold_filesystem_among(fd, local_kinds, sizeof local_kinds / sizeof *local_kinds);
 }
 
 int hold_close_hold(int dirfd, const char *name, int64_t size)

@@ -97,6 +97,9 @@ size_t hold_kept_release(void);
 /* The kind of file system that the file is on: the magic number of statfs(2). 0 or -errno. */
 int hold_filesystem(int fd, uint64_t *out);
 
+/* Whether that is one of these; false where it cannot be told. */
+bool hold_filesystem_among(int fd, const uint32_t *kinds, size_t n);
+
 /*
  * Say that all of [data, data + nbytes) of a mapping of a file is going to be used: what of it is
  * not in the page cache is then read by folios of 2 MiB, and ahead (MADV_HUGEPAGE, as Linux takes

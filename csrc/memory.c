@@ -210,6 +210,17 @@ int hold_filesystem(int fd, uint64_t *out)
     return rc < 0 ? rc : 0;
 }
 
+bool hold_filesystem_among(int fd, const uint32_t *kinds, size_t n)
+{
+    uint64_t kind;
+    if (hold_filesystem(fd, &kind) != 0)
+        return false;
+    for (size_t i = 0; i < n; i++)
+        if (kind == kinds[i])
+            return true;
+    return false;
+}
+
 /* ---- what of a map is in memory ------------------------------------------------------------ */
 
 typedef struct {

@@ -178,13 +178,7 @@ static bool is_marked(const hold_origins *self, const hold_origin *o)
 
 static bool known_kind(int fd)
 {
-    uint64_t kind;
-    if (hold_filesystem(fd, &kind) != 0)
-        return false;
-    for (size_t i = 0; i < sizeof direct_kinds / sizeof *direct_kinds; i++)
-        if (kind == direct_kinds[i])
-            return true;
-    return false;
+    return hold_filesystem_among(fd, direct_kinds, sizeof direct_kinds / sizeof *direct_kinds);
 }
 
 /* What direct reads ask of the file; false where they are not to be tried. */
