@@ -195,6 +195,7 @@ typedef struct hold_options {
     double enough;          /* ... FASTER: bytes a second through the page cache that make it
                              * needless to try past it; 0: both ways are tried in any case */
     uint64_t size;          /* write: of the file once all of it is written; 0: not known */
+    bool fill;              /* read: bring files into the page cache that are loaded again */
     hold_progress progress; /* may be NULL */
     void *context;
 } hold_options;
@@ -224,7 +225,9 @@ int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *opt
  * call, the rest is read past it, with O_DIRECT, by a second descriptor that the call opens
  * through /proc/self/fd and closes: straight to where the bytes belong where memory and offset are
  * aligned alike (page-aligned memory for page-aligned offsets always is), else through a worker's
- * buffer. So reading a cold file leaves the page cache as it was. Everything goes through the page
+ * buffer. So reading a cold file leaves the page cache as it was. With options->fill, and where at
+ * least half of a file goes to memory, that is so for the first time; the second time brings the
+ * file into the page cache (uncached.h says how that is told). Everything goes through the page
  * cache, with its readahead, where that cannot be had: where neither cachestat(2) nor mincore(2)
  * tells what is cached (many kernels tell it only to those who own or may write the file), where
  * there is no /proc, and on file systems that neither say what O_DIRECT asks of a file (statx) nor

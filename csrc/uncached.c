@@ -12,7 +12,6 @@
 #define MINCORE_PAGES 512  /* asked about at a time */
 #define MARK_ALONE ((uint64_t)64 << 10) /* nothing else is cached so far to each side of a mark */
 #define MARK_MIN ((uint64_t)8 << 20)    /* smaller files have none */
-#define MARK_SHARE 4 /* of the memory, at most, is what a call reads that fills the cache */
 #define FOLIO ((uint64_t)2 << 20)
 
 /* File systems known to read directly, for kernels that do not say what it asks of a file. */
@@ -37,7 +36,6 @@ void hold_origins_want(hold_origins *self, uint32_t file, uint64_t nbytes, bool 
     if (!self->files)
         return;
     self->files[file].wanted += nbytes;
-    self->wanted += nbytes;
     self->loading |= loading;
 }
 
@@ -140,38 +138,15 @@ static uint64_t count(const hold_origin *o, uint64_t begin, uint64_t end)
     return HOLD_RETRY(hold_sys_cachestat(o->fd, begin, end - begin, &found)) < 0 ? 0 : found;
 }
 
-/* How many bytes of memory the process may have: the machine's, or its control group's. */
-static uint64_t memory(void)
-{
-    static const char *const limits[] = {"/sys/fs/cgroup/memory.max",
-                                         "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
-    uint64_t most = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++) {
-        char text[32] = "";
-        int fd = HOLD_RETRY(hold_sys_openat(AT_FDCWD, limits[i], O_RDONLY, 0));
-        if (fd < 0)
-            continue;
-        if (HOLD_RETRY(hold_sys_pread(fd, text, sizeof text - 1, 0)) > 0 && *text >= '0' &&
-            *text <= '9') { /* "max" is no number */
-            uint64_t limit = strtoull(text, NULL, 10);
-            most = limit < most ? limit : most;
-        }
-        (void)hold_sys_close(fd);
-    }
-    return most;
-}
-
 /*
  * Whether the page of the mark is cached and none beside it: nothing else leaves one alone. And
- * whether the call that asks is one to fill the cache for: it reads most of the file, and all that
- * it reads has room there.
+ * whether the call that asks reads most of the file.
  */
 static bool is_marked(const hold_origins *self, const hold_origin *o)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), at = mark_at(o);
     return self->loading && o->nbytes >= MARK_MIN && o->wanted >= o->nbytes / 2 &&
-           count(o, at, at + page) == 1 && count(o, at - MARK_ALONE, at + MARK_ALONE) == 1 &&
-           self->wanted <= memory() / MARK_SHARE;
+           count(o, at, at + page) == 1 && count(o, at - MARK_ALONE, at + MARK_ALONE) == 1;
 }
 
 /* ---- the second descriptor ---------------------------------------------------------------- */

@@ -45,14 +45,14 @@ typedef struct hold_origin {
 typedef struct hold_origins {
     hold_origin *files; /* NULL: everything through the page cache */
     size_t n;
-    bool loading; /* what is read is kept in memory: marks are looked for, and left */
-    uint64_t wanted; /* bytes that the call reads of all */
+    bool loading; /* marks are looked for, and left */
     pthread_mutex_t lock; /* one at a time opens and maps */
 } hold_origins;
 
 /* Begin with n files. Where there is no memory, everything goes through the page cache. */
 void hold_origins_begin(hold_origins *self, const int *fds, size_t n);
-/* So many bytes of the file will be read; `loading`: to memory. To be called before others ask. */
+/* So many bytes of the file will be read; `loading`: it may be marked. To be called before others
+ * ask. */
 void hold_origins_want(hold_origins *self, uint32_t file, uint64_t nbytes, bool loading);
 /* Close and unmap what was opened; the fds are the caller's. */
 void hold_origins_end(hold_origins *self);

@@ -58,6 +58,7 @@ def read(
     layouts: Sequence[Layout] | None = None,
     threads: int = 0,
     checksum: bool = True,
+    fill: bool = False,
     progress: Callable[[int], object] | None = None,
     filenames: Sequence[object] | None = None,
 ) -> None: ...

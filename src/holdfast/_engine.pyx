@@ -64,6 +64,7 @@ cdef extern from "hold.h" nogil:
         int direct
         double enough
         uint64_t size
+        bint fill
         hold_progress progress
         void *context
 
@@ -302,9 +303,12 @@ def write(int fd, segments, *, layouts=None, int threads=0, bint checksum=True, 
     return report.direct
 
 
-def read(fds, segments, *, layouts=None, int threads=0, bint checksum=True, progress=None,
-         filenames=None):
-    """Read segments of one or several files."""
+def read(fds, segments, *, layouts=None, int threads=0, bint checksum=True, bint fill=False,
+         progress=None, filenames=None):
+    """Read segments of one or several files.
+
+    `fill`: a file that is loaded a second time is brought into the page cache.
+    """
     cdef Segments rows = Segments(segments, layouts)
     cdef Caller caller = Caller()
     cdef hold_report report
@@ -321,6 +325,7 @@ def read(fds, segments, *, layouts=None, int threads=0, bint checksum=True, prog
         options.threads = threads
         options.checksum = checksum
         options.direct = 0
+        options.fill = fill
         options.progress = call_back
         options.context = <void *>caller
         with nogil:

@@ -1,4 +1,4 @@
-"""What of a mapped file is brought into memory before it is touched, and by how much at a time."""
+"""What of a file is brought into memory before it is touched, and by how much at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import _engine
 from ._buffer import Buffer
 from .maps import Maps
 
-__all__ = ["bring", "expect", "expect_all", "pass_through"]
+__all__ = ["bring", "expect", "expect_all", "has_room", "pass_through"]
 
 #: A map no larger than this gets its page tables filled at once by two threads, where it is of what
 #: is in the page cache: that takes a quarter less than a fault for every 64 KiB does, and half
@@ -42,6 +42,13 @@ def memory() -> int:
 #: rows of it here and there would have 4 MiB read for each, again and again. Nothing is marked
 #: where pages are not of 4 KiB: of 64 KiB (arm64), what is read at a time would be 512 MiB.
 EXPECT_MOST = memory() // 2 if os.sysconf("SC_PAGE_SIZE") == 4096 else 0
+#: A load brings files into the page cache that were loaded before where it reads no more than this.
+FILL_MOST = memory() // 4
+
+
+def has_room(segments: np.ndarray) -> bool:
+    """Whether the files of these segments may take room in the page cache: all, or none."""
+    return int(segments["nbytes"].sum()) <= FILL_MOST
 
 
 def expect_all(maps: Maps) -> None:

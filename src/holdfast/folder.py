@@ -13,7 +13,7 @@ from typing import cast
 
 import numpy as np
 
-from . import _engine
+from . import _engine, ahead
 from ._buffer import Buffer
 from .errors import FormatError
 from .layout import Index
@@ -276,6 +276,7 @@ class FolderSource:
             if progress is not None:
                 progress(done)
         rest = np.flatnonzero(~small & ~kept & (segments["nbytes"] > 0))
+        fill = ahead.has_room(segments)
         for group in self._groups(file[rest]):
             chosen = rest[group]
             part = np.ascontiguousarray(segments[chosen])
@@ -291,6 +292,7 @@ class FolderSource:
                     layouts=pick_layouts(layouts, chosen),
                     threads=threads,
                     checksum=checksum,
+                    fill=fill,
                     progress=_behind(progress, done),
                     filenames=[source.name for source in sources],
                 )

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from . import _engine, _engine_py
+from . import _engine, _engine_py, ahead
 from ._buffer import Buffer
 from .errors import FormatError
 from .layout import SEGMENT, Index
@@ -197,6 +197,7 @@ class Source:
                 layouts=layouts,
                 threads=threads,
                 checksum=checksum,
+                fill=ahead.has_room(segments),
                 progress=progress,
                 filenames=[self.name],
             )

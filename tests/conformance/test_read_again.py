@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import holdfast
-from holdfast import _engine
+from holdfast import _engine, ahead
 from holdfast.errors import FormatError
 from holdfast.layout import SEGMENT
 
@@ -57,7 +57,7 @@ def read(path: Path, nbytes: int = SIZE, threads: int = 0) -> None:
     segment = np.zeros(1, SEGMENT)
     segment["nbytes"], segment["address"] = nbytes, memory.ctypes.data
     with path.open("rb") as f:
-        _engine.read([f.fileno()], segment, threads=threads, filenames=[str(path)])
+        _engine.read([f.fileno()], segment, threads=threads, fill=True, filenames=[str(path)])
     assert np.array_equal(memory, NOISE[:nbytes])
     assert segment["crc"][0] == zlib.crc32(memory)
 
@@ -140,15 +140,26 @@ def test_what_is_only_verified(tmp_path: Path) -> None:
     assert resident(path) - before < MIB
 
 
-def test_loads(tmp_path: Path) -> None:
-    path = tmp_path / "ckpt"
-    saved = {"x": NOISE, "y": NOISE[::-1].copy()}
-    holdfast.save(saved, path)
-    drop(path)
+@pytest.mark.parametrize("shard", [None, 12 * MIB])
+@pytest.mark.parametrize("room", [True, False])
+def test_loads(cold: Path, monkeypatch: pytest.MonkeyPatch, room: bool, shard: int | None) -> None:
+    """All files of a load are brought into the cache, or none: where it takes too much of it."""
+    path = cold.with_name("ckpt")
+    saved = {name: np.roll(NOISE[: 10 * MIB], i) for i, name in enumerate("xyz")}
+    holdfast.save(saved, path, max_shard_size=shard)
+    files = sorted(path.glob("*.safetensors")) if shard else [path]
+    assert len(files) == (3 if shard else 1)
+    for file in files:
+        drop(file)
+    monkeypatch.setattr(ahead, "FILL_MOST", 30 * MIB - (not room))
     for _ in range(3):
         loaded = holdfast.load(path, mmap=False)
         assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
-    assert holds(path, path.stat().st_size)
+    for file in files:
+        if room:
+            assert holds(file, file.stat().st_size)
+        else:
+            assert resident(file) < MIB
 
 
 @pytest.mark.usefixtures("nothing_kept")
