@@ -121,13 +121,15 @@ class Checkpoint(Mapping[str, Any]):
     def __len__(self) -> int:
         index = self._reader.index
         plain = index.tree is None and index.structure is None
-        return len(index) if plain else len(self._reader.paths())
+        return (len(index) if plain else len(self._reader.paths())) + len(index.refused)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._reader.paths())
+        yield from self._reader.paths()
+        yield from self._reader.index.refused
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._reader.position(name) >= 0
+        found = isinstance(name, str) and self._reader.position(name) >= 0
+        return found or name in self._reader.index.refused
 
     # Two checkpoints are equal where they are one; comparing would read both.
     __eq__ = object.__eq__
@@ -136,6 +138,8 @@ class Checkpoint(Mapping[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         """The tensor called `name`, or `default` where there is none."""
         row = self._reader.position(name)
+        if row < 0:
+            self._reader.check([name])
         return default if row < 0 else self._tensor(row)
 
     def info(self, name: str) -> Entry:
@@ -145,11 +149,14 @@ class Checkpoint(Mapping[str, Any]):
         ------
         KeyError
             No tensor has this name.
+        FormatError
+            What has this name cannot be read: an array of Python objects.
         """
         return self._reader.entry(name, self._reader.find(name))
 
     def tree(self) -> Any:
         """The object that was saved, with an :class:`Entry` in place of every tensor."""
+        self._reader.check()
         index = self._reader.index
         names = index.names.tolist()
 

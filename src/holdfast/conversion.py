@@ -50,6 +50,7 @@ class _Conversion:
     def __init__(
         self, reader: Reader, threads: int, dequantize: bool = False, folder: str | None = None
     ) -> None:
+        reader.check()
         self.index = index = reader.index
         self.reader = reader
         self.threads = threads

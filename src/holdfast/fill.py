@@ -81,6 +81,8 @@ def fill_from(
     rules = _rules(rename)
     named, barred = _named_tensors(target)
     with Reader(open_origin(f), guess=False) as reader:
+        if strict:
+            reader.check()
         if dequantize:
             reader.described = dequantized(reader.index)
         stored = {

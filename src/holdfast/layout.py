@@ -215,6 +215,9 @@ class Index:
         STORAGE, and what they are called. Called where all of the file is to be checked.
     guess : Guess or None
         Where types and shapes are guessed of the sizes.
+    refused : mapping of str to str
+        What stands beside the tensors, under a name as theirs are, and cannot be read here: the
+        message that says why.
     """
 
     names: Names
@@ -242,6 +245,7 @@ class Index:
     users: np.ndarray | None = field(default=None, repr=False)
     others: Callable[[], tuple[np.ndarray, Sequence[str]]] | None = None
     guess: Guess | None = field(default=None, repr=False)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.entries)

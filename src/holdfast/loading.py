@@ -94,6 +94,7 @@ def load_file(f: FileLike, options: LoadOptions) -> Any:
             index.storages["flags"] |= FOREIGN
         chosen = None if options.keys is None else reader.select(options.keys)
         if chosen is None:
+            reader.check()
             rows = np.arange(len(index), dtype=np.int64)
         else:
             rows = np.array(sorted(set(chosen.values())), np.int64)

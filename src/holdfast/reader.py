@@ -105,11 +105,21 @@ class Reader:
         ------
         KeyError
             There is none; the message names the nearest.
+        FormatError
+            There is something of that name that cannot be read.
         """
         row = self.position(name)
         if row < 0:
+            self.check([name])
             raise KeyError(self.missing(name))
         return row
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Raise FormatError if one of these names, or any at all, is of what cannot be read."""
+        refused = self.index.refused
+        for name in refused if names is None else names:
+            if name in refused:
+                raise FormatError(refused[name])
 
     def position(self, name: object) -> int:
         """The entry of the tensor called `name`, or -1."""
@@ -147,6 +157,9 @@ class Reader:
                 raise TypeError(f"keys must be names or patterns, not {type(key).__name__}")
             # A name is taken literally before it is taken as a pattern: it may hold brackets.
             found = [key] if key in paths else fnmatch.filter(paths, key)
+            refused = self.index.refused
+            if refused and key not in paths:
+                self.check([key] if key in refused else fnmatch.filter(refused, key))
             if not found:
                 raise KeyError(self.missing(key))
             chosen.update(found)

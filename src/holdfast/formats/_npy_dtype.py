@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import BY_NAME, DTYPES
+from ..errors import FormatError
 
 __all__ = ["KIND", "Element", "describe", "read_dtype", "read_plain"]
 
@@ -62,6 +63,10 @@ class Element:
     itemsize: int
     kind: str = ""
     swapped: bool = False
+
+
+class ObjectsError(FormatError):
+    """Elements are Python objects: a sound file, of which this part cannot be read here."""
 
 
 def read_dtype(descr: object, hint: str | None) -> Element:
@@ -132,7 +137,7 @@ def _spec(descr: object, depth: int) -> tuple[Any, np.dtype[Any]]:
 
 def _plain_spec(descr: str) -> tuple[str, np.dtype[Any]]:
     if _OBJECT.fullmatch(descr):
-        raise ValueError(
+        raise ObjectsError(
             f"{descr!r} is Python objects, kept as a pickle, which only numpy.load(…, "
             "allow_pickle=True) reads, and only of a file that you trust"
         )

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import FormatError
 from ..layout import ENTRY, FOREIGN, STORAGE, Index
 from ..views import TensorBatch, dense_strides
-from ._npy_dtype import KIND, Element, describe, read_dtype, read_plain
+from ._npy_dtype import KIND, Element, ObjectsError, describe, read_dtype, read_plain
 from ._npy_literal import read_literal
 from ._records import NameList
 
@@ -117,7 +117,10 @@ def parse(head: bytes, where: str) -> Header:
 
     Raises
     ------
+    ObjectsError
+        It is one of Python objects.
     FormatError
+        It is no header, or one of an array that nobody has.
     """
     start = 10 if head[6] == 1 else 12
     usual = _USUAL.fullmatch(head, start)
@@ -143,7 +146,8 @@ def parse(head: bytes, where: str) -> Header:
     try:
         element = read_plain(usual[1].decode()) if usual else read_dtype(descr, hint)
     except ValueError as error:
-        raise FormatError(f"{where}: header: dtype {str(error)[:400]}") from None
+        kind = ObjectsError if isinstance(error, ObjectsError) else FormatError
+        raise kind(f"{where}: header: dtype {str(error)[:400]}") from None
     _check_shape(shape, element, where)
     return Header(len(head), element, shape, fortran)
 

@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import FormatError
 from . import Read
 from ._header_text import short
+from ._npy_dtype import ObjectsError
 from ._npy_header import MAGIC, PREFIX, Header, length, parse
 from ._zip_inflate import exactly
 
@@ -45,12 +46,16 @@ class Headers:
     sums : list of int
         The CRC-32 of each.
     which : ndarray of int64
-        The one that each array has.
+        The one that each array has; of an array of Python objects the complement of its place in
+        `reasons`.
+    reasons : list of str
+        Why arrays cannot be read, as a message goes on behind their name.
     """
 
     heads: list[Header]
     sums: list[int]
     which: np.ndarray
+    reasons: list[str]
 
 
 @dataclass(slots=True)
@@ -66,6 +71,7 @@ class _Reading:
     sizes: list[int]
     known: dict[bytes, int] = field(default_factory=dict)
     heads: list[Header] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
 
     def where(self, row: int) -> str:
         """How a message about an array begins."""
@@ -75,13 +81,19 @@ class _Reading:
         """The header of one array."""
         number = self.known.get(raw)
         if number is None:
-            try:
-                head = parse(raw, "")
-            except FormatError:
-                head = parse(raw, self.where(row))  # which raises again, and says of what
-            self.heads.append(head)
-            number = self.known[raw] = len(self.heads) - 1
+            number = self.known[raw] = self._parse(row, raw)
         self.which[row] = number
+
+    def _parse(self, row: int, raw: bytes) -> int:
+        try:
+            self.heads.append(parse(raw, ""))
+        except ObjectsError as error:
+            self.reasons.append(str(error))
+            return ~(len(self.reasons) - 1)
+        except FormatError:
+            parse(raw, self.where(row))  # which raises again, and says of what
+            raise
+        return len(self.heads) - 1
 
     def inflate(self, row: int) -> None:
         """The header of an array that is deflated."""
@@ -143,7 +155,7 @@ def read_headers(read: Read, records: np.ndarray, names: list[str], name: str) -
     Raises
     ------
     FormatError
-        A record is no array, or one that cannot be read.
+        A record is no array.
     """
     which = np.zeros(len(records), np.int64)
     columns = records["offset"].tolist(), records["size"].tolist()
@@ -153,8 +165,8 @@ def read_headers(read: Read, records: np.ndarray, names: list[str], name: str) -
             reading.run(begin, end, nbytes)
         else:
             reading.inflate(begin)
-    sums = [zlib.crc32(raw) for raw in reading.known]
-    return Headers(reading.heads, sums, reading.which)
+    sums = [zlib.crc32(raw) for raw, number in reading.known.items() if number >= 0]
+    return Headers(reading.heads, sums, reading.which, reading.reasons)
 
 
 def _runs(records: np.ndarray) -> Iterator[tuple[int, int, int]]:

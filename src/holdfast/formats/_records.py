@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
+
 from ..errors import FormatError
+from ..layout import CHECKED, STORAGE
 from . import Read, _zip
 
-__all__ = ["NameList", "Records", "most_parsed"]
+__all__ = ["NameList", "Records", "most_parsed", "runs_of"]
 
 #: What a deflated record that is parsed may be inflated to: so many bytes, and for each byte of the
 #: file so many more. Pickles of state dicts deflate to a fifth; but what is parsed may take a
@@ -22,6 +25,15 @@ def most_parsed(directory: _zip.Directory, row: int, limit: int) -> int:
     if int(at["method"]) == 0:
         return limit
     return min(limit, _MOST_INFLATED + _MOST_RATIO * int(at["packed"]))
+
+
+def runs_of(directory: _zip.Directory, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Where the bytes of these records stand, and their checksums; and the records' names."""
+    records, found = directory.rows[rows], np.zeros(len(rows), STORAGE)
+    found["offset"], found["nbytes"] = records["offset"], records["size"]
+    found["packed"] = np.where(records["method"] == 0, 0, records["packed"])
+    found["crc"], found["flags"] = records["crc"], CHECKED
+    return found, [directory.names[row] for row in rows.tolist()]
 
 
 class Records:

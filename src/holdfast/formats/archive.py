@@ -11,7 +11,8 @@ from typing import Protocol, cast
 import numpy as np
 
 from ..errors import FormatError
-from ..layout import CHECKED, STORAGE, Index
+from ..layout import Index
+from ._records import runs_of
 from ._zip import Directory, scan
 
 __all__ = ["NEEDS_SIZE", "index", "sniff"]
@@ -50,12 +51,7 @@ def _others(directory: Directory, index: Index) -> tuple[np.ndarray, list[str]]:
     has = (records["crc"] != 0) & (records["size"] > 0)
     if index.storages is not None:
         has &= ~np.isin(records["offset"], index.storages["offset"])
-    rows = np.flatnonzero(has)
-    others = np.zeros(len(rows), STORAGE)
-    others["offset"], others["nbytes"] = records["offset"][rows], records["size"][rows]
-    others["packed"] = np.where(records["method"] == 0, 0, records["packed"])[rows]
-    others["crc"], others["flags"] = records["crc"][rows], CHECKED
-    return others, [directory.names[row] for row in rows.tolist()]
+    return runs_of(directory, np.flatnonzero(has))
 
 
 def sniff(prefix: bytes, size: int) -> bool:  # noqa: ARG001

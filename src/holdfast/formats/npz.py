@@ -7,13 +7,14 @@ header is as long as it takes for the elements to begin at a multiple of 64.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 
 import numpy as np
 
 from ..errors import FormatError
-from ..layout import CHECKED, STORAGE, Index, Pieces, Plan
+from ..layout import CHECKED, Index, Pieces, Plan
 from ..views import TensorBatch
 from . import Read
 from ._crc import shift
@@ -21,6 +22,7 @@ from ._header_text import short
 from ._npy_header import heads, index_of
 from ._npz_emit import Skeleton
 from ._npz_headers import read_headers
+from ._records import runs_of
 from ._zip import Directory
 
 __all__ = ["METADATA", "STRUCTURE", "claims", "index", "plan", "seal"]
@@ -56,7 +58,7 @@ def index(
     Raises
     ------
     FormatError
-        A record is no array, or one that cannot be read, or has another size than its header says.
+        A record is no array, or has another size than its header says.
     """
     rows = [row for row, text in enumerate(directory.names) if not text.endswith("/")]
     names = []
@@ -70,8 +72,16 @@ def index(
         names.append(text[: -len(_SUFFIX)])
     records = directory.rows[rows]
     found = read_headers(read, records, names, name)
-    lengths = np.array([head.nbytes for head in found.heads], np.int64)[found.which]
-    sizes = np.array([head.size for head in found.heads], np.int64)[found.which]
+    which, refused, unread = found.which, {}, np.zeros(0, np.int64)
+    if found.reasons:
+        for i in np.flatnonzero(which < 0).tolist():
+            refused[names[i]] = f"{name}: array {short(names[i])}{found.reasons[~which[i]]}"
+        unread = np.array(rows, np.int64)[which < 0]
+        kept = np.flatnonzero(which >= 0)
+        names = [names[i] for i in kept.tolist()]
+        records, which = records[kept], which[kept]
+    lengths = np.array([head.nbytes for head in found.heads], np.int64)[which]
+    sizes = np.array([head.size for head in found.heads], np.int64)[which]
     bad = np.flatnonzero(records["size"].astype(np.int64) != lengths + sizes)
     if len(bad):
         i = int(bad[0])
@@ -81,11 +91,13 @@ def index(
             f"{int(records['size'][i]) - lengths[i]}"
         )
     offsets = records["offset"] + lengths.astype(np.uint64)
-    made = index_of(found.heads, found.which, offsets, names, directory.end)
-    sums = np.array(found.sums, np.uint32)[found.which]
+    made = index_of(found.heads, which, offsets, names, directory.end)
+    sums = np.array(found.sums, np.uint32)[which]
     _fill(made, records, sums, lengths.astype(np.uint64))
     made.format = "npz"
-    made.others = _nothing
+    # The checksums of the arrays' records are all that there is besides those of their elements.
+    made.others = functools.partial(runs_of, directory, unread)
+    made.refused = refused
     return made
 
 
@@ -103,11 +115,6 @@ def _fill(index: Index, records: np.ndarray, sums: np.ndarray, lengths: np.ndarr
     index.entries["offset"] = storages["offset"]
     storages["crc"] = records["crc"] ^ shift(sums, storages["nbytes"])
     storages["flags"] |= CHECKED
-
-
-def _nothing() -> tuple[np.ndarray, list[str]]:
-    """No records besides those of arrays, and of these nothing that their checksums do not say."""
-    return np.zeros(0, STORAGE), []
 
 
 # -- writing -------------------------------------------------------------------------------------
