@@ -384,8 +384,9 @@ void hold_folder_abort(hold_folder *self);
 /*
  * Make the n-th system call from now (1 is the next) fail with `error` (an errno), or, where
  * `error` is 0, transfer only half of what it was asked to (a no-op for calls that transfer
- * nothing). n = 0 disarms. Counts calls of all threads. Returns how many calls were made since it
- * was last armed. For the fault-injection tests alone.
+ * nothing), or, where it is negative, come so many milliseconds late. n = 0 disarms. Counts calls
+ * of all threads. Returns how many calls were made since it was last armed. For the fault-injection
+ * tests alone.
  */
 uint64_t hold_fault_arm(uint64_t n, int error);
 

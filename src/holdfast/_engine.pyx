@@ -407,7 +407,10 @@ include "_engine_files.pxi"
 # ---- tests -------------------------------------------------------------------------------------
 
 def fault_arm(uint64_t n, int error):
-    """Make the `n`-th system call from now fail with `error`, or go half way where that is 0."""
+    """Make the `n`-th system call from now fail with `error`, or go half way where that is 0.
+
+    A negative `error` makes it succeed, so many milliseconds late.
+    """
     return hold_fault_arm(n, error)
 
 

@@ -18,6 +18,7 @@ from holdfast.layout import SEGMENT
 
 #: 16 MiB through the cache, 64 past it, then as much again in the faster of the two.
 SIZE = (131 << 20) + 4321
+MIB = 1 << 20
 FAULTS = [errno.ENOSPC, errno.EIO, errno.EINTR, 0]
 
 
@@ -124,6 +125,27 @@ def test_direct_is_refused(write: Callable[..., bool]) -> None:
         pytest.skip("this file system has no O_DIRECT")
     assert ("fcntl", False) in overcome, "setting the flag was refused, and all was written"
     assert [hit for hit, _ in overcome].count("pwrite") >= 4
+
+
+def test_a_slow_cache_gets_another_chance(content: np.ndarray, tmp_path: Path) -> None:
+    """Left for a bad moment, it is tried again for 16 MiB, 192 or more past it."""
+    whole = np.tile(content, 3)[: 336 * MIB]
+    segments = np.zeros(1, SEGMENT)
+    segments["nbytes"], segments["address"] = whole.nbytes, whole.ctypes.data
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        _engine.fault_arm(10, -1000)
+        used = _engine.write(fd, segments, threads=1, checksum=False, direct=None)
+        hit = _engine.fault_hit()
+        _engine.fault_arm(0, 0)
+        file = _engine.map_file(fd, 0, whole.nbytes)
+        cached = [_engine.resident(file, at, 16 * MIB) for at in range(0, whole.nbytes, 16 * MIB)]
+    finally:
+        os.close(fd)
+    if hit != "pwrite" or not used:
+        pytest.skip(f"no O_DIRECT, or calls of another kind: {hit}")
+    assert cached[0] == 16 * MIB and not any(cached[1:17]) and cached[17] == 16 * MIB
+    assert np.array_equal(np.fromfile(tmp_path / "file", np.uint8), whole)
 
 
 def test_a_fast_cache_is_not_left(content: np.ndarray, tmp_path: Path) -> None:
