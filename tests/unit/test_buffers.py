@@ -6,8 +6,10 @@ import mmap
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import holdfast
 from holdfast import _engine
 
 MIB = 1 << 20
@@ -100,3 +102,17 @@ def test_filesystem(tmp_path: Path) -> None:
         fd = os.open("/proc/self", os.O_RDONLY)
         assert _engine.filesystem(fd) == 0x9FA0
         os.close(fd)
+
+
+@pytest.mark.parametrize(("nbytes", "most"), [(MIB, 6), (2 * MIB, 16), (1000, 1)])
+def test_small_tensors_share_memory(tmp_path: Path, nbytes: int, most: int) -> None:
+    """Pieces of about 4 MiB for those that are too small for a huge page of their own."""
+    saved = {f"t{i}": np.full(nbytes, i, "u1") for i in range(16)}
+    holdfast.save(saved, tmp_path / "ckpt")
+    before = _engine.live_buffers()
+    loaded = holdfast.load(tmp_path / "ckpt", mmap=False, framework="numpy")
+    assert 1 <= _engine.live_buffers() - before <= most
+    kept = loaded["t3"]
+    del loaded
+    assert _engine.live_buffers() - before == 1
+    assert (kept == 3).all() and kept.ctypes.data % 64 == 0
