@@ -264,7 +264,7 @@ class Assembler:
                 index.tree, tensors, names, self._codecs(), name=self._name, unblob=_unblob
             )
 
-    def _codecs(self) -> list[tree.Codec]:
+    def _codecs(self) -> tuple[tree.Codec, ...]:
         return adapters.codecs(only=self._adapter.name if self._forced else None)
 
     def _place(self, made: list[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, cast
 
 from ..tree import Codec
@@ -122,13 +122,18 @@ _STAND_INS: dict[str, dict[str, Callable[[Any], Any]]] = {
 }
 
 
-def codecs(only: str | None) -> list[Codec]:
+def codecs(only: str | None) -> tuple[Codec, ...]:
     """Codecs for every tag that a tree may have.
 
     Those of a framework that is installed import it when the first of its values is met; those of
     one that is not, or (with `only`) that the caller does not want, make plain Python values.
     """
-    found = [codec for adapter in loaded() for codec in adapter.codecs]
+    return _codecs(only, tuple(adapter.name for adapter in loaded()))
+
+
+@lru_cache(16)
+def _codecs(only: str | None, names: tuple[str, ...]) -> tuple[Codec, ...]:
+    found = [codec for name in names for codec in _adapter(name).codecs]
     seen = {codec.tag for codec in found}
     have = cache(available)  # asked when a value is met: to look for a package takes long
     for name, tags in _STAND_INS.items():
@@ -136,7 +141,7 @@ def codecs(only: str | None) -> list[Codec]:
             if tag not in seen:
                 decode = _late(have, name, tag, plain) if only in (None, name) else plain
                 found.append(Codec(tag, (), _never, decode))
-    return found
+    return tuple(found)
 
 
 def _late(
