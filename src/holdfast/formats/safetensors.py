@@ -227,7 +227,7 @@ def _read_mark(header: Header, head: _Bytes, name: str) -> dict[str, Any]:
         )
     try:
         with uncollected():
-            mark = json.loads(text, parse_constant=_refuse_constant)
+            mark = _JSON.decode(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{name}: metadata {_KEY!r} is not JSON: {error}") from None
     assert isinstance(mark, dict)  # it begins with a brace
@@ -236,6 +236,9 @@ def _read_mark(header: Header, head: _Bytes, name: str) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _read_crcs(header: Header, mark: dict[str, Any], name: str) -> np.ndarray | None:
