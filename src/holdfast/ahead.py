@@ -13,7 +13,7 @@ from . import _engine
 from ._buffer import Buffer
 from .maps import Maps
 
-__all__ = ["bring", "expect", "expect_all", "has_room", "pass_through"]
+__all__ = ["bring", "expect", "expect_all", "expect_one", "has_room", "pass_through"]
 
 #: A map no larger than this gets its page tables filled at once by two threads, where it is of what
 #: is in the page cache: that takes a quarter less than a fault for every 64 KiB does, and half
@@ -75,12 +75,22 @@ def expect(maps: Maps, segments: np.ndarray) -> None:
         return
     with contextlib.suppress(OSError):
         for buffer, start, stop in _runs(maps, segments):
-            if EXPECT_LEAST <= stop - start <= EXPECT_MOST:
-                if next(maps.marks, None) is None:
-                    return
-                start -= start % FOLIO
-                stop = min(stop + -stop % FOLIO, len(buffer))
-                _engine.expect(buffer, start, stop - start)
+            _expect(maps, buffer, start, stop)
+
+
+def expect_one(maps: Maps, file: int, offset: int, nbytes: int) -> None:
+    """These bytes of a file are going to be used."""
+    buffer = maps.of(file)
+    if buffer is not None:
+        with contextlib.suppress(OSError):
+            _expect(maps, buffer, offset, offset + nbytes)
+
+
+def _expect(maps: Maps, buffer: Buffer, start: int, stop: int) -> None:
+    if EXPECT_LEAST <= stop - start <= EXPECT_MOST and next(maps.marks, None) is not None:
+        start -= start % FOLIO
+        stop = min(stop + -stop % FOLIO, len(buffer))
+        _engine.expect(buffer, start, stop - start)
 
 
 def bring(maps: Maps, segments: np.ndarray, threads: int) -> None:

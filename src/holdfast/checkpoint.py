@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
@@ -101,6 +102,9 @@ class Checkpoint(Mapping[str, Any]):
         self._maps: Maps | None = None
         self._held: dict[int, Any] = {}
         self._settled: set[int] = set()  # entries of bool whose mapped bytes were looked at
+        self._laid: TensorBatch | None = None  # where all tensors are in the map, and ...
+        self._plain = np.zeros(0, bool)  # ... which of them are what stands there, and no more
+        self._asked = 0  # for so many tensors
         self._closed = False
         index = self._reader.index
         self._location = location = said_of(index, location)
@@ -128,8 +132,9 @@ class Checkpoint(Mapping[str, Any]):
         yield from self._reader.index.refused
 
     def __contains__(self, name: object) -> bool:
-        found = isinstance(name, str) and self._reader.position(name) >= 0
-        return found or name in self._reader.index.refused
+        return isinstance(name, str) and (
+            self._reader.position(name) >= 0 or name in self._reader.index.refused
+        )
 
     # Two checkpoints are equal where they are one; comparing would read both.
     __eq__ = object.__eq__
@@ -203,6 +208,7 @@ class Checkpoint(Mapping[str, Any]):
     def close(self) -> None:
         """Close the file. Tensors already taken stay valid."""
         self._closed = True
+        self._laid = None
         self._held.clear()
         self._maps = None
         self._reader.source.close()
@@ -243,9 +249,7 @@ class Checkpoint(Mapping[str, Any]):
 
     def _destination(self, rows: np.ndarray) -> Destination | None:
         """The devices that these entries are read to; None for the memory of the host alone."""
-        if self._elsewhere is None:
-            self._elsewhere = self._adapter.destination(None) != 0
-        if not self._elsewhere or self._dequantize or self._adapter.dataless(self._location):
+        if not self._away() or self._dequantize or self._adapter.dataless(self._location):
             return None
         return destination(
             self._reader.source,
@@ -257,6 +261,12 @@ class Checkpoint(Mapping[str, Any]):
             forced=self._forced,
             staging=self._staging,
         )
+
+    def _away(self) -> bool:
+        """Whether tensors may have to be anywhere but in the memory of the host."""
+        if self._elsewhere is None:
+            self._elsewhere = self._adapter.destination(None) != 0
+        return self._elsewhere
 
     @property
     def _where(self) -> Any:
@@ -276,14 +286,44 @@ class Checkpoint(Mapping[str, Any]):
         )
         return settle(index, batch)
 
+    def _lay(self) -> None:
+        """Find out at once where all tensors are, once enough of them are asked for singly.
+
+        To look at one costs a dozen array operations, to look at hundreds hardly more.
+        """
+        index = self._reader.index
+        self._asked += 1
+        if (
+            self._asked <= len(index) // 512
+            or self._away()
+            or self._dequantize
+            or not self._mapped
+            or index.storages is not None
+        ):
+            return
+        batch, stray = fetch.lay(index, index.entries, self._map())
+        plain = ~stray & (batch.views["dtype"] != BOOL)
+        plain[list(self._reader.kinds)] = False
+        self._plain, self._laid = plain, batch
+
     def _wrap(self, row: int, whole: bool = True) -> Any:
         self._check_open()
         index = self._reader.index
+        if self._laid is None:
+            self._lay()
+        laid = self._laid
+        if laid is not None and self._plain[row]:
+            if whole:
+                self._expect(row)
+            owner = None if laid.owner is None else laid.owner[row : row + 1]
+            one = TensorBatch(laid.views[row : row + 1], laid.dims, laid.owners, owner=owner)
+            with contextlib.suppress(TypeError, ValueError):  # which are told below
+                return self._adapter.wrap(one, {})[0]
         rows = np.array([row], np.int64)
         to = self._destination(rows)
         if self._mapped and to is None:
-            if whole and index.entries["nbytes"][row] >= ahead.EXPECT_LEAST:
-                ahead.expect(self._map(), fetch.stretches(index, rows))
+            if whole:
+                self._expect(row)
             batch = fetch.map_tensors(self._reader.source, index, rows, self._map())
             if index.entries["dtype"][row] == BOOL and row not in self._settled:
                 settle(index, batch)
@@ -292,6 +332,18 @@ class Checkpoint(Mapping[str, Any]):
         else:
             batch = self._read(rows, to)
         return self._assembler(batch, rows, to).named({"": row})[""]
+
+    def _expect(self, row: int) -> None:
+        """All of a tensor is going to be used."""
+        index = self._reader.index
+        at = index.entries[row]
+        nbytes = int(at["nbytes"])
+        if nbytes < ahead.EXPECT_LEAST:
+            return
+        if index.storages is None:
+            ahead.expect_one(self._map(), int(at["file"]), int(at["offset"]), nbytes)
+        else:
+            ahead.expect(self._map(), fetch.stretches(index, np.array([row], np.int64)))
 
     def _assembler(
         self, batch: TensorBatch, rows: np.ndarray, to: Destination | None

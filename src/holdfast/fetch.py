@@ -143,17 +143,7 @@ def map_tensors(
         which = storages.used(index, rows)
         found = storages.map_storages(source, index, which, maps, _place, move, aligned=aligned)
         return storages.view_entries(index, found, rows)
-    entries = index.some(rows)
-    batch = _batch(index, entries)
-    offset, file = entries["offset"], entries["file"]
-    batch.views["address"], batch.owner = maps.place(offset, file)
-    batch.owners = list(maps.buffers)
-    stray = np.zeros(len(rows), bool)
-    if aligned:
-        stray = offset & _MASKS[batch.views["dtype"]] != 0
-    mapped = maps.has(file)
-    if mapped is not None:
-        stray |= ~mapped
+    batch, stray = lay(index, index.some(rows), maps, aligned=aligned)
     if stray.any():
         apart = read_tensors(source, index, rows[stray], verify=False)
         batch.views["address"][stray] = apart.views["address"]
@@ -163,6 +153,37 @@ def map_tensors(
         batch.owner[stray] = apart.owner + len(maps.buffers)
         batch.owners = [*maps.buffers, *apart.owners]
     return batch
+
+
+def lay(
+    index: Index, entries: np.ndarray, maps: Maps, *, aligned: bool = True
+) -> tuple[TensorBatch, np.ndarray]:
+    """Where tensors are in maps of their files; nothing is read.
+
+    Parameters
+    ----------
+    index : Index
+        In which each tensor is its own storage.
+    entries : ndarray of ENTRY
+        Some of `index`.
+
+    Returns
+    -------
+    batch : TensorBatch
+    stray : ndarray of bool
+        Which tensors cannot be used where they are: see :func:`map_tensors`.
+    """
+    batch = _batch(index, entries)
+    offset, file = entries["offset"], entries["file"]
+    batch.views["address"], batch.owner = maps.place(offset, file)
+    batch.owners = list(maps.buffers)
+    stray = np.zeros(len(entries), bool)
+    if aligned:
+        stray = offset & _MASKS[batch.views["dtype"]] != 0
+    mapped = maps.has(file)
+    if mapped is not None:
+        stray |= ~mapped
+    return batch, stray
 
 
 def read_tensors(

@@ -118,7 +118,7 @@ class Reader:
         """Raise FormatError if one of these names, or any at all, is of what cannot be read."""
         refused = self.index.refused
         for name in refused if names is None else names:
-            if name in refused:
+            if isinstance(name, str) and name in refused:
                 raise FormatError(refused[name])
 
     def position(self, name: object) -> int:

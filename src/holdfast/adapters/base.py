@@ -300,6 +300,8 @@ class Adapter(Protocol):
 
 def dtypes_of(batch: TensorBatch) -> list[DType]:
     """The element types that occur in a batch."""
+    if len(batch) == 1:
+        return [DTYPES[int(batch.views["dtype"][0])]]
     return [DTYPES[code] for code in np.flatnonzero(np.bincount(batch.views["dtype"])).tolist()]
 
 
