@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
@@ -103,7 +102,7 @@ class Checkpoint(Mapping[str, Any]):
         self._held: dict[int, Any] = {}
         self._settled: set[int] = set()  # entries of bool whose mapped bytes were looked at
         self._laid: TensorBatch | None = None  # where all tensors are in the map, and ...
-        self._plain = np.zeros(0, bool)  # ... which of them are what stands there, and no more
+        self._plain = b""  # ... for each, 1 if it is what stands there, 2 if it is large, too
         self._asked = 0  # for so many tensors
         self._closed = False
         index = self._reader.index
@@ -304,7 +303,8 @@ class Checkpoint(Mapping[str, Any]):
         batch, stray = fetch.lay(index, index.entries, self._map())
         plain = ~stray & (batch.views["dtype"] != BOOL)
         plain[list(self._reader.kinds)] = False
-        self._plain, self._laid = plain, batch
+        large = plain & (index.entries["nbytes"] >= ahead.EXPECT_LEAST)
+        self._plain, self._laid = (plain.astype("u1") + large).tobytes(), batch
 
     def _wrap(self, row: int, whole: bool = True) -> Any:
         self._check_open()
@@ -313,12 +313,14 @@ class Checkpoint(Mapping[str, Any]):
             self._lay()
         laid = self._laid
         if laid is not None and self._plain[row]:
-            if whole:
+            if whole and self._plain[row] > 1:
                 self._expect(row)
             owner = None if laid.owner is None else laid.owner[row : row + 1]
             one = TensorBatch(laid.views[row : row + 1], laid.dims, laid.owners, owner=owner)
-            with contextlib.suppress(TypeError, ValueError):  # which are told below
+            try:
                 return self._adapter.wrap(one, {})[0]
+            except (TypeError, ValueError):
+                pass  # it is told below of what
         rows = np.array([row], np.int64)
         to = self._destination(rows)
         if self._mapped and to is None:
