@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,13 @@ def test_load_into_counts_as_a_change(
         kept = {"w": torch.zeros(3, dtype=dtype), "t": torch.zeros(2, 3, dtype=dtype)}
         holdfast.load_into(kept, tmp_path / "x")
     assert kept["w"].tolist() == [1, 1, 1]
+
+
+def test_torch_may_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is installed is asked for each load: it may be by now, or be forbidden."""
+    holdfast.save({"size": torch.Size([2, 3]), "x": np.zeros(2)}, tmp_path / "ckpt")
+    for _ in range(2):
+        with monkeypatch.context() as hidden:
+            hidden.setitem(sys.modules, "torch", None)
+            assert type(holdfast.load(tmp_path / "ckpt")["size"]) is tuple
+        assert type(holdfast.load(tmp_path / "ckpt")["size"]) is torch.Size

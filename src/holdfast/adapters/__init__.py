@@ -128,27 +128,37 @@ def codecs(only: str | None) -> tuple[Codec, ...]:
     Those of a framework that is installed import it when the first of its values is met; those of
     one that is not, or (with `only`) that the caller does not want, make plain Python values.
     """
-    return _codecs(only, tuple(adapter.name for adapter in loaded()))
+    _installed.clear()
+    return _codecs(only, tuple(loaded()))
+
+
+#: Which frameworks a load has looked for: to look for a package takes long, and another load may
+#: find it.
+_installed: dict[str, bool] = {}
+
+
+def _have(name: str) -> bool:
+    found = _installed.get(name)
+    if found is None:
+        found = _installed[name] = available(name)
+    return found
 
 
 @lru_cache(16)
-def _codecs(only: str | None, names: tuple[str, ...]) -> tuple[Codec, ...]:
-    found = [codec for name in names for codec in _adapter(name).codecs]
+def _codecs(only: str | None, known: tuple[Adapter, ...]) -> tuple[Codec, ...]:
+    found = [codec for adapter in known for codec in adapter.codecs]
     seen = {codec.tag for codec in found}
-    have = cache(available)  # asked when a value is met: to look for a package takes long
     for name, tags in _STAND_INS.items():
         for tag, plain in tags.items():
             if tag not in seen:
-                decode = _late(have, name, tag, plain) if only in (None, name) else plain
+                decode = _late(name, tag, plain) if only in (None, name) else plain
                 found.append(Codec(tag, (), _never, decode))
     return tuple(found)
 
 
-def _late(
-    have: Callable[[str], bool], name: str, tag: str, plain: Callable[[Any], Any]
-) -> Callable[[Any], Any]:
+def _late(name: str, tag: str, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def decode(value: Any) -> Any:
-        if not have(name):
+        if not _have(name):
             return plain(value)
         return next(codec for codec in by_name(name).codecs if codec.tag == tag).decode(value)
 
