@@ -337,7 +337,14 @@ def move(
     if order is not None and layouts:
         layouts = pick_layouts(layouts, order)
     if devices is None:
-        source.move(work, layouts=layouts, checksum=verify, threads=threads, progress=progress)
+        source.move(
+            work,
+            layouts=layouts,
+            checksum=verify,
+            fill=ahead.has_room(work),
+            threads=threads,
+            progress=progress,
+        )
     else:
         assert not layouts
         from .staged import move_staged

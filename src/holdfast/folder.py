@@ -13,7 +13,7 @@ from typing import cast
 
 import numpy as np
 
-from . import _engine, ahead
+from . import _engine
 from ._buffer import Buffer
 from .errors import FormatError
 from .layout import Index
@@ -249,10 +249,14 @@ class FolderSource:
         *,
         layouts: Sequence[_engine.Layout] | None = None,
         checksum: bool,
+        fill: bool = False,
         threads: int = 0,
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        """Read `segments`, which are in the order of the files, to their places in memory."""
+        """Read `segments`, which are in the order of the files, to their places in memory.
+
+        With `fill`, files that are loaded a second time are brought into the page cache.
+        """
         done = 0
         plain = np.ones(len(segments), bool)
         if layouts:
@@ -276,7 +280,6 @@ class FolderSource:
             if progress is not None:
                 progress(done)
         rest = np.flatnonzero(~small & ~kept & (segments["nbytes"] > 0))
-        fill = ahead.has_room(segments)
         for group in self._groups(file[rest]):
             chosen = rest[group]
             part = np.ascontiguousarray(segments[chosen])

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from . import _engine, _engine_py, ahead
+from . import _engine, _engine_py
 from ._buffer import Buffer
 from .errors import FormatError
 from .layout import SEGMENT, Index
@@ -186,10 +186,14 @@ class Source:
         *,
         layouts: Sequence[_engine.Layout] | None = None,
         checksum: bool,
+        fill: bool = False,
         threads: int = 0,
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        """Read `segments`, which are in the order of the file, to their places in memory."""
+        """Read `segments`, which are in the order of the file, to their places in memory.
+
+        With `fill`, a file that is loaded a second time is brought into the page cache.
+        """
         if self.fd >= 0:
             _engine.read(
                 [self.fd],
@@ -197,7 +201,7 @@ class Source:
                 layouts=layouts,
                 threads=threads,
                 checksum=checksum,
-                fill=ahead.has_room(segments),
+                fill=fill,
                 progress=progress,
                 filenames=[self.name],
             )
