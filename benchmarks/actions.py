@@ -71,6 +71,16 @@ def hold_one(framework: str) -> Action:
     return action
 
 
+def hold_each(framework: str) -> Action:
+    def action(job: Job) -> Any:
+        import holdfast
+
+        with holdfast.open(job.path, framework=framework) as f:
+            return {name: f[name] for name in f}
+
+    return action
+
+
 def hold_fill(job: Job) -> None:
     import holdfast
 
@@ -84,6 +94,7 @@ def hold(framework: str) -> dict[str, Action]:
         "load": hold_load(framework, mmap=False),
         "load-mapped": hold_load(framework, mmap=True),
         "one": hold_one(framework),
+        "each": hold_each(framework),
         "fill": hold_fill,
     }
 
@@ -215,6 +226,16 @@ def st_one(framework: str) -> Action:
 
         with safe_open(job.path, framework=framework) as f:
             return f.get_tensor(job.one)
+
+    return action
+
+
+def st_each(framework: str) -> Action:
+    def action(job: Job) -> Any:
+        from safetensors import safe_open
+
+        with safe_open(job.path, framework=framework) as f:
+            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no mapping
 
     return action
 

@@ -74,6 +74,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "load-mapped-again", "load mapped, after a cold one", ("load-mapped",), "again", True
     ),
     Operation("open-one", "open and read one tensor, warm", ("one",), "warm", one=True),
+    Operation("open-each", "open and take each tensor by its name, warm", ("each",), "warm", True),
 )
 NAMES = tuple(operation.name for operation in OPERATIONS)
 

@@ -226,7 +226,7 @@ WORKLOADS: tuple[Workload, ...] = (
         "84 tensors of a language model, float16",
         sum(math.prod(shape) for shape in llm_shapes(1).values()) * 2,
         _llm,
-        (*TIMED, "open-one", *MEMORY),
+        (*TIMED, "open-one", "open-each", *MEMORY),
         limits=True,
     ),
     Workload(
@@ -234,7 +234,7 @@ WORKLOADS: tuple[Workload, ...] = (
         "20,000 tensors of 1 KB, float32",
         20_000 * 1024,
         _small(20_000, 1024, "layers.{}.weight"),
-        ("save-durable", "save", "load-eager", "load-mapped", "open-one"),
+        ("save-durable", "save", "load-eager", "load-mapped", "open-one", "open-each"),
         touched=False,
         limits=True,
     ),
