@@ -188,7 +188,7 @@ class Checkpoint(Mapping[str, Any]):
         Parameters
         ----------
         keys : str or iterable of str, optional
-            Names or patterns; all tensors by default.
+            Names or patterns; by default all tensors, without what cannot be read.
         """
         self._check_open()
         index = self._reader.index

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import __version__, convert, open, verify
+from . import FormatError, __version__, convert, open, verify
 
 __all__ = ["main"]
 
@@ -153,11 +153,18 @@ def _short(value: object) -> str:
 
 def _info(options: argparse.Namespace) -> int:
     with open(options.path, framework="numpy") as checkpoint:
-        entries = [checkpoint.info(name) for name in checkpoint]
+        entries, refused = [], {}
+        for name in checkpoint:
+            try:
+                entries.append(checkpoint.info(name))
+            except FormatError as error:
+                refused[name] = str(error)
         if options.json:
             for entry in entries:
                 fields = ("name", "dtype", "shape", "nbytes", "offset", "file", "encoding")
                 print(json.dumps({field: getattr(entry, field) for field in fields}))
+            for name, reason in refused.items():
+                print(json.dumps({"name": name, "error": reason}))
             return 0
         for key, value in checkpoint.metadata.items():
             print(f"# {_printable(key)}: {_printable(_short(value))}")
@@ -169,6 +176,8 @@ def _info(options: argparse.Namespace) -> int:
                 f"{entry.nbytes} bytes at {entry.offset}"
                 + (f" of {_printable(entry.file)}" if several else "")
             )
+        for name, reason in refused.items():
+            print(f"{_printable(name)}  cannot be read: {_printable(reason)}")
         total = sum(entry.nbytes for entry in entries)
         print(f"{len(entries)} tensors, {total} bytes")
     return 0

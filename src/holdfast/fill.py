@@ -81,8 +81,6 @@ def fill_from(
     rules = _rules(rename)
     named, barred = _named_tensors(target)
     with Reader(open_origin(f), guess=False) as reader:
-        if strict:
-            reader.check()
         if dequantize:
             reader.described = dequantized(reader.index)
         stored = {
@@ -90,6 +88,11 @@ def fill_from(
             for name, row in _renamed(reader, rules).items()
             if name.startswith(prefix)
         }
+        for name in reader.index.refused:
+            if _rename(name, rules).startswith(prefix) and (
+                strict or _rename(name, rules)[len(prefix) :] in named
+            ):
+                reader.check([name])
         matches = [
             replace(target, row=stored[name]) for name, target in named.items() if name in stored
         ]
@@ -125,6 +128,15 @@ def _rules(rename: Mapping[str, str] | None) -> list[tuple[re.Pattern[str], str]
     return rules
 
 
+def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
+    for pattern, text in rules:
+        try:
+            name = pattern.sub(text, name)
+        except re.error as error:
+            raise ValueError(f"rename: {text!r}: {error}") from None
+    return name
+
+
 def _renamed(reader: Reader, rules: list[tuple[re.Pattern[str], str]]) -> dict[str, int]:
     """Every name in a file, after `rules`, and its entry."""
     if not rules:
@@ -132,12 +144,7 @@ def _renamed(reader: Reader, rules: list[tuple[re.Pattern[str], str]]) -> dict[s
     found: dict[str, int] = {}
     before: dict[str, str] = {}
     for name, row in reader.paths().items():
-        new = name
-        for pattern, text in rules:
-            try:
-                new = pattern.sub(text, new)
-            except re.error as error:
-                raise ValueError(f"rename: {text!r}: {error}") from None
+        new = _rename(name, rules)
         if found.setdefault(new, row) != row:
             raise ValueError(
                 f"{reader.source.name}: rename makes {new!r} of both {before[new]!r} and {name!r}"

@@ -138,7 +138,7 @@ class Reader:
         """The message for a name or a pattern that nothing answers to."""
         import difflib
 
-        paths = self.paths()
+        paths = [*self.paths(), *self.index.refused]
         few = isinstance(name, str) and len(paths) <= 1000
         near = difflib.get_close_matches(name, paths, n=1) if few else []
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -50,6 +50,11 @@ def test_mapping(opened: Any) -> None:
         assert opened.get(other) is None
         with pytest.raises(KeyError, match="no tensor is called"):
             opened[other]
+    for other in (["step"], np.zeros(2), {}):  # which no dict could be asked for
+        assert other not in opened and opened.get(other, 7) == 7
+        for use in (opened.__getitem__, opened.info, opened.slice):
+            with pytest.raises(KeyError, match="no tensor is called"):
+                use(other)
     with pytest.raises(KeyError, match="did you mean 'model.fc.bias'"):
         opened["model.fc.bais"]
     assert opened.metadata == {"who": "me"}

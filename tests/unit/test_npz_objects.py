@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 import holdfast
 import numpy_files as files
+from holdfast import cli
 from holdfast.errors import FormatError
 from zip_files import Record, build
 
@@ -63,13 +65,52 @@ def test_it_opens(mixed: Path) -> None:
         f.prefetch()
 
 
+def test_names_are_guessed_among_all(mixed: Path) -> None:
+    text = r"'met' \(4 are here\); did you mean 'meta'"
+    with holdfast.open(mixed) as f, pytest.raises(KeyError, match=text):
+        f["met"]
+
+
+def test_what_has_another_prefix_is_no_matter(mixed: Path) -> None:
+    target = {"x": np.zeros(5)}
+    holdfast.load_into(target, mixed, prefix="a", rename={"^a$": "ax"})
+    assert target["x"].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(FormatError, match=OBJECTS):
+        holdfast.load_into({"ta": np.zeros(5)}, mixed, prefix="me", strict=False)
+
+
+def test_a_shard(mixed: Path) -> None:
+    """Its index need not name what cannot be read: then nobody would hear of it."""
+    folder = mixed.parent / "folder"
+    folder.mkdir()
+    mixed.rename(folder / "m-1.npz")
+    index = {"metadata": {}, "weight_map": {"a": "m-1.npz", "b": "m-1.npz"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FormatError, match=OBJECTS):
+        holdfast.load(folder)
+
+
+def test_the_command_lists_them(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(mixed)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("a  float64  5  40 bytes at")
+    assert lines[2].startswith("meta  cannot be read: ") and "Python objects" in lines[2]
+    assert cli.main(["info", "--json", str(mixed)]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [entry["name"] for entry in found] == ["a", "b", "meta", "classes"]
+    assert "Python objects" in found[3]["error"] and found[1]["nbytes"] == 3
+
+
 def test_it_is_filled_from(mixed: Path) -> None:
-    target = {"a": np.zeros(5), "meta": np.zeros(())}
+    target = {"a": np.zeros(5), "other": np.zeros(())}
     with pytest.raises(FormatError, match=OBJECTS):
         holdfast.load_into(target, mixed)
+    with pytest.raises(FormatError, match=OBJECTS):
+        holdfast.load_into(target | {"meta": np.zeros(())}, mixed, strict=False)
+    assert not target["a"].any()
     keys = holdfast.load_into(target, mixed, strict=False)
     assert target["a"].tolist() == [0, 1, 2, 3, 4]
-    assert keys.missing_keys == ["meta"] and keys.unexpected_keys == ["b"]
+    assert keys.missing_keys == ["other"] and keys.unexpected_keys == ["b"]
 
 
 def test_it_is_not_converted(mixed: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from ..dtypes import BY_NAME, DTYPES
 from ..errors import FormatError
 
-__all__ = ["KIND", "Element", "describe", "read_dtype", "read_plain"]
+__all__ = ["KIND", "Element", "ObjectsError", "describe", "read_dtype", "read_plain"]
 
 #: What a kind of the adapter for NumPy begins with, where it names the dtype.
 KIND = "numpy:dtype:"

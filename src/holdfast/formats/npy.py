@@ -11,6 +11,7 @@ from ..errors import FormatError
 from ..layout import Index, Pieces, Plan
 from ..views import TensorBatch
 from . import Read
+from ._npy_dtype import ObjectsError
 from ._npy_header import MAGIC, PREFIX, heads, index_of, length, parse
 
 __all__ = ["METADATA", "NEEDS_SIZE", "STRUCTURE", "index", "plan", "seal", "sniff"]
@@ -43,7 +44,10 @@ def index(read: Read, size: int, name: str, *, verify: bool = True) -> Index:  #
             f"{name}: expected a .npy header of at least {PREFIX} bytes, found {size}"
         )
     nbytes = length(read(0, PREFIX), name)
-    head = parse(bytes(read(0, nbytes)), name)
+    try:
+        head = parse(bytes(read(0, nbytes)), name)
+    except ObjectsError as error:
+        raise FormatError(str(error)) from None
     end = nbytes + head.size
     if size not in (-1, end):
         raise FormatError(

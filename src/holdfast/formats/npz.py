@@ -7,7 +7,6 @@ header is as long as it takes for the elements to begin at a multiple of 64.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
 
@@ -72,11 +71,11 @@ def index(
         names.append(text[: -len(_SUFFIX)])
     records = directory.rows[rows]
     found = read_headers(read, records, names, name)
-    which, refused, unread = found.which, {}, np.zeros(0, np.int64)
+    which, refused, unread = found.which, {}, runs_of(directory, np.zeros(0, np.int64))
     if found.reasons:
         for i in np.flatnonzero(which < 0).tolist():
             refused[names[i]] = f"{name}: array {short(names[i])}{found.reasons[~which[i]]}"
-        unread = np.array(rows, np.int64)[which < 0]
+        unread = runs_of(directory, np.array(rows, np.int64)[which < 0])
         kept = np.flatnonzero(which >= 0)
         names = [names[i] for i in kept.tolist()]
         records, which = records[kept], which[kept]
@@ -96,7 +95,7 @@ def index(
     _fill(made, records, sums, lengths.astype(np.uint64))
     made.format = "npz"
     # The checksums of the arrays' records are all that there is besides those of their elements.
-    made.others = functools.partial(runs_of, directory, unread)
+    made.others = lambda: unread
     made.refused = refused
     return made
 

@@ -264,6 +264,8 @@ def shard_index(part: Part, verify: bool) -> Index:
         raise FormatError(
             f"{part.name}: expected a file of tensors alone, found a program: give its path"
         )
+    for reason in found.refused.values():  # what would be left out without a word
+        raise FormatError(reason)
     return found
 
 
