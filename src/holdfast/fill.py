@@ -24,6 +24,7 @@ from .formats._gguf_types import DEQUANTIZED
 from .layout import Index
 from .overlaps import Place, entangled, place_of
 from .reader import Reader
+from .replaced import again
 from .source import FileLike
 from .views import TensorBatch, TensorView
 
@@ -64,6 +65,7 @@ class _Way(enum.Enum):
     COPIED = 2
 
 
+@again
 def fill_from(
     target: Any,
     f: FileLike,

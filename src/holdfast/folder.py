@@ -17,7 +17,9 @@ from . import _engine
 from ._buffer import Buffer
 from .errors import FormatError
 from .layout import Index
+from .links import check_place
 from .maps import Maps
+from .replaced import Identity, ReplacedError, identity
 from .source import FileLike, Source, is_local, is_path, open_source
 from .views import pick_layouts
 
@@ -30,9 +32,6 @@ SMALL = 64 << 10
 DESCRIPTORS = 256
 #: How many files are mapped at most, the largest first; a process may have 65,530 maps.
 MAPS = 1 << 14
-#: How many levels above a snapshot the ``blobs`` of the hub's cache may be: a revision's folder,
-#: and folders in that.
-_CACHE_LEVELS = 4
 #: Room for the content of a small file at the first try, and how many are read in one go.
 ROOM = 1 << 10
 TOGETHER = 1 << 14
@@ -69,7 +68,10 @@ class FolderSource:
         A descriptor of the folder, which is then not looked for by its name.
     """
 
-    __slots__ = ("_fd", "_kept", "_lock", "_parts", "_top", "files", "links", "name", "start")
+    __slots__ = (
+        "_fd", "_kept", "_known", "_lock", "_named", "_parts", "_top", "files", "links", "name",
+        "start",
+    )  # fmt: skip
 
     mappable = True
     repeatable = True
@@ -83,6 +85,8 @@ class FolderSource:
         self.files: Sequence[str] = ()
         self._parts: dict[str, Source] = {}
         self._kept: dict[str, bytes] = {}  # whole contents of small files
+        self._known: dict[str, Identity] = {}  # which files were opened under their names
+        self._named = fd is None  # whether it was found by its name
         self._lock = threading.Lock()
         self._top: tuple[bool, Mapping[str, str]] | None = None  # what is in it, listed once
         where = path or "." if fd is None else "."
@@ -182,34 +186,40 @@ class FolderSource:
             raise self._problem(path, error.errno or errno.EIO) from None
         try:
             if self.links:
-                self._check_place(path, os.readlink(f"/proc/self/fd/{fd}"))
-            return Source(self._called(path), os.fstat(fd).st_size, fd)
+                check_place(self._called(path), self._fd, os.readlink(f"/proc/self/fd/{fd}"))
+            state = os.fstat(fd)
+            if self._known.setdefault(path, identity(state)) != identity(state):
+                raise ReplacedError(
+                    f"{self._called(path)}: was replaced by another file since the folder was "
+                    "opened; load it again"
+                )
+            return Source(self._called(path), state.st_size, fd)
         except BaseException:
             os.close(fd)
             raise
 
-    def _check_place(self, path: str, real: str) -> None:
-        """Raise FormatError for a file that a link has brought in from anywhere.
-
-        From the folder itself it may be, and from the ``blobs`` beside the snapshots in the cache
-        of Hugging Face's hub.
-        """
-        root = os.path.realpath(f"/proc/self/fd/{self._fd}")
-        parent = os.path.dirname(real)
-        above = root
-        for _ in range(_CACHE_LEVELS):
-            above = os.path.dirname(above)
-            if parent == os.path.join(above, "blobs"):
-                return
-        if os.path.commonpath([root, real]) != root:
-            raise FormatError(
-                f"{self._called(path)}: a link that leads out of the folder, to {real}; give the "
-                "path of what it leads to"
-            )
-
     def at(self, file: int) -> Source:
         """One of `files`; what is mapped or taken from it has to be so before another is closed."""
         return self.part(self.files[file])
+
+    def is_current(self) -> bool:
+        """Whether the folder and the files that were opened still have their names."""
+        try:
+            if self._named:
+                now, then = os.stat(self.name or "."), os.fstat(self._fd)
+                if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino):
+                    return False
+            return all(
+                identity(os.stat(path, dir_fd=self._fd)) == known
+                for path, known in self._known.items()
+            )
+        except OSError:
+            return False
+
+    def again(self) -> Origin:
+        """What has the name now; closes this one."""
+        self.close()
+        return open_origin(os.path.join(self.name or ".", self.start))
 
     def forget(self) -> None:
         """Close the files that are open."""
@@ -241,7 +251,22 @@ class FolderSource:
             owner[file] = len(buffers)
             with contextlib.closing(self._opened(self.files[file])) as part:
                 buffers.append(part.map(int(ends[file]), shared=shared))
+        if rows is None and not shared:
+            small = np.flatnonzero((ends > 0) & (ends < SMALL)).tolist()
+            self._hold([self.files[file] for file in small])
         return Maps(buffers, owner)
+
+    def _hold(self, paths: Sequence[str]) -> None:
+        """Keep what is in small files, which may be replaced before they are asked for."""
+        left = KEPT - sum(map(len, self._kept.values()))
+        for path in paths[:KEPT_LARGER]:
+            if path in self._kept:
+                continue
+            with contextlib.closing(self._opened(path)) as part:
+                left -= part.size
+                if left < 0 or part.size > SMALL:
+                    return
+                self._kept[path] = bytes(part.read(0, part.size))
 
     def move(
         self,
@@ -389,7 +414,8 @@ class FolderSource:
         if error in _WRONG:
             return FormatError(f"{name}: is {_WRONG[error]}")
         if error in (errno.ENOENT, errno.ENOTDIR):
-            return FormatError(
+            kind = ReplacedError if path in self._known else FormatError
+            return kind(
                 f"{name}: a file of the checkpoint is missing, or was replaced since it was opened"
             )
         return OSError(error, os.strerror(error), name)

@@ -20,6 +20,7 @@ from .layout import FOREIGN, Index
 from .pickled import Trust
 from .progress import ProgressArgument, reporting
 from .reader import Reader
+from .replaced import again
 from .source import FileLike
 from .views import TensorBatch
 
@@ -72,6 +73,7 @@ class LoadOptions:
     staging: Staging | None = None
 
 
+@again
 def load_file(f: FileLike, options: LoadOptions) -> Any:
     """Load the object in a file."""
     if options.framework is not None:

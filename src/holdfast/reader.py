@@ -10,6 +10,7 @@ from . import formats, objects, tree
 from .errors import FormatError, warn
 from .folder import FolderSource, Origin, beside
 from .layout import Entry, Index
+from .replaced import TRIES, ReplacedError
 
 __all__ = ["Reader"]
 
@@ -55,6 +56,22 @@ class Reader:
         self.source.close()
 
     def _index(self, verify: bool, strict: bool) -> Index:
+        """The index, of a folder that was not replaced while it was read."""
+        for _ in range(TRIES):
+            error = None
+            try:
+                found = self._index_once(verify, strict)
+            except (FormatError, OSError) as caught:
+                error = caught
+            source = self.source
+            if not isinstance(source, FolderSource) or source.is_current():
+                if error is not None:
+                    raise error
+                return found
+            self.source = source.again()
+        raise ReplacedError(f"{self.source.name}: was replaced again and again while it was read")
+
+    def _index_once(self, verify: bool, strict: bool) -> Index:
         source = self.source
         if not isinstance(source, FolderSource):
             prefix = source.peek(formats.PREFIX)

@@ -11,6 +11,7 @@ from .errors import FormatError
 from .folder import Origin, open_origin
 from .layout import CHECKED, Index
 from .reader import Reader
+from .replaced import ReplacedError, again
 from .source import FileLike
 
 __all__ = ["Report", "verify_file"]
@@ -46,7 +47,17 @@ class Report:
 def verify_file(f: FileLike, *, threads: int) -> Report:
     """What :func:`holdfast.verify` does."""
     try:
+        return _verify_file(f, threads)
+    except ReplacedError as error:
+        return Report([str(error)], 0, 0)
+
+
+@again
+def _verify_file(f: FileLike, threads: int) -> Report:
+    try:
         reader = Reader(open_origin(f), strict=True)
+    except ReplacedError:
+        raise
     except FormatError as error:
         return Report([str(error)], 0, 0)
     with reader:
@@ -59,6 +70,8 @@ def verify_file(f: FileLike, *, threads: int) -> Report:
         segments = fetch.segments_of(index, rows)
         try:
             fetch.move(source, segments, verify=True, threads=threads)
+        except ReplacedError:
+            raise
         except FormatError as error:
             return Report([str(error)], 0, len(index))
         has, expected = fetch.expected_crcs(index, rows)
@@ -81,6 +94,8 @@ def _verify_storages(source: Origin, index: Index, threads: int) -> Report:
         found = storages.checksums(source, index, which[has], fetch.move, threads=threads)
         problems = storages.differing(source.name, index, which[has], found)
         problems += _verify_others(source, index, threads)
+    except ReplacedError:
+        raise
     except FormatError as error:
         return Report([str(error)], 0, len(index))
     return Report(problems, checked, len(index) - checked)

@@ -156,10 +156,10 @@ def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noq
 def index_shards(folder: Folder, start: str, verify: bool) -> Index:
     """Find the tensors of all shards that the index called `start` names."""
     name = f"{folder.name.rstrip('/')}/{start}"
-    data = folder.read([start], most=MOST)[0]
-    if data is None:
-        raise FormatError(f"{name}: the index is missing")
-    found = _Listing.parse(data, name, verify=verify)
+    part = folder.part(start)  # opened once: another save may replace it at any time
+    if part.size > MOST:
+        raise FormatError(f"{name}: expected at most {MOST} bytes, found {part.size}")
+    found = _Listing.parse(bytes(part.read(0, part.size)), name, verify=verify)
     return _gather(folder, found, verify)
 
 
