@@ -109,16 +109,31 @@ class _Conversion:
             try:
                 return self._replayed(index.structure)
             except UnsafeError as error:
-                self._refuse_loss()
-                warn(
-                    f"{reader.source.name}: converted as a flat dict of its tensors, since the "
-                    f"object itself needs more than values: {error}"
-                )
+                return self.flat(error)
             except (FormatError, TypeError) as error:
                 raise TypeError(
                     f"{error}: only plain tensors can be converted; load and save it instead"
                 ) from error
         return {name: self.ref(row) for name, row in reader.paths().items()}
+
+    def flat(self, error: Exception) -> dict[str, Any]:
+        """The tensors by name, with a warning, where the object around them cannot be written.
+
+        Raises
+        ------
+        Exception
+            `error`, if there is no more to the file than its tensors.
+        TypeError
+            The file holds more than the tensors that have names.
+        """
+        if self.index.structure is None:
+            raise error
+        self._refuse_loss()
+        warn(
+            f"{self.reader.source.name}: converted as a flat dict of its tensors, since the object "
+            f"itself needs more than values: {error}"
+        )
+        return {name: self.ref(row) for name, row in self.reader.paths().items()}
 
     def _replayed(self, structure: Structure) -> Any:
         """The object around stand-ins. Its framework is imported only if it has values of it."""
@@ -361,6 +376,13 @@ def _tree(work: _Conversion) -> tuple[Collection, object, np.ndarray]:
     """The object as a tree of JSON around its tensors, and the entry that each of these is of."""
     obj = work.object()
     _check_extent(obj, work)
+    try:
+        return _tree_of(work, obj)
+    except TypeError as error:  # a value that only a pickle has, such as a date
+        return _tree_of(work, work.flat(error))
+
+
+def _tree_of(work: _Conversion, obj: Any) -> tuple[Collection, object, np.ndarray]:
     known = [*adapters.loaded(), *work.adapters]
     flat, blobs = objects.flatten(obj, known)
     found = collect(flat.names, flat.leaves, known)
