@@ -7,6 +7,7 @@ import ctypes
 import errno
 import itertools
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
@@ -28,8 +29,9 @@ __all__ = ["FolderSource", "Origin", "beside", "open_origin"]
 #: Files of less are read whole, opened and closed one by one: a map of one, or a descriptor kept
 #: open for it, would cost more than its bytes.
 SMALL = 64 << 10
-#: How many files are open at a time while they are read; a process may have 1024 in all.
-DESCRIPTORS = 256
+#: How many files are open at a time while they are read: a process may often have 1024 in all.
+_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+DESCRIPTORS = 256 if _LIMIT < 0 else max(4, min(256, _LIMIT // 4))
 #: How many files are mapped at most, the largest first; a process may have 65,530 maps.
 MAPS = 1 << 14
 #: Room for the content of a small file at the first try, and how many are read in one go.
@@ -424,7 +426,6 @@ class FolderSource:
         return f"{self.name.rstrip('/')}/{path}"
 
     def _folder(self, path: str) -> int:
-        """A descriptor of a sub-folder, reached through no link."""
         if not path:
             return os.dup(self._fd)
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if self.links else os.O_NOFOLLOW)
