@@ -395,6 +395,10 @@ def load_into(
     target : torch.nn.Module or nesting of dicts, lists and tuples of tensors
         Of a module, its parameters and persistent buffers, as in its ``state_dict()``. What
         ``get_extra_state()`` of a module returned is not filled: its tensors are unexpected.
+        Nor does code of the module run that ``load_state_dict`` would call: its hooks, and
+        ``_load_from_state_dict`` where a class has its own, which may rename what older versions
+        saved, or give shape to what has none yet. For such modules, load and use
+        ``load_state_dict``.
     f : str, bytes, os.PathLike or binary file object
         As for :func:`load`.
     strict : bool
