@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def index_folder(folder: Path, *, strict: bool = False) -> Index:
         forms: tuple[Any, ...] = (oneflow_pickle, oneflow_snapshot)
         form = next(form for form in forms if form.sniff_folder(source))
         found: Index = form.index_folder(source, verify=True, strict=strict)
+        for text in source.notes:
+            warnings.warn(text, UserWarning, stacklevel=2)
         return found
     finally:
         source.close()

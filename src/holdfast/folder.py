@@ -34,7 +34,7 @@ _LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 DESCRIPTORS = 256 if _LIMIT < 0 else max(4, min(256, _LIMIT // 4))
 #: How many files are mapped at most, the largest first; a process may have 65,530 maps.
 MAPS = 1 << 14
-#: Room for the content of a small file at the first try, and how many are read in one go.
+#: Room for a small file at the first try, and how many are read in one go.
 ROOM = 1 << 10
 TOGETHER = 1 << 14
 #: Of the files whose sizes were asked for, small ones are kept, up to so many bytes in all; and up
@@ -63,6 +63,8 @@ class FolderSource:
         Whether symbolic links are followed: by formats whose writers make some.
     files : sequence of str
         The files that the index of the checkpoint counts, once there is one.
+    notes : list of str
+        What those are to be warned of who read it, once it is known that it was not replaced.
 
     Parameters
     ----------
@@ -72,7 +74,7 @@ class FolderSource:
 
     __slots__ = (
         "_fd", "_kept", "_known", "_lock", "_named", "_parts", "_top", "files", "links", "name",
-        "start",
+        "notes", "start",
     )  # fmt: skip
 
     mappable = True
@@ -85,6 +87,7 @@ class FolderSource:
         self.start = start
         self.links = False
         self.files: Sequence[str] = ()
+        self.notes: list[str] = []
         self._parts: dict[str, Source] = {}
         self._kept: dict[str, bytes] = {}  # whole contents of small files
         self._known: dict[str, Identity] = {}  # which files were opened under their names
@@ -207,10 +210,8 @@ class FolderSource:
     def is_current(self) -> bool:
         """Whether the folder and the files that were opened still have their names."""
         try:
-            if self._named:
-                now, then = os.stat(self.name or "."), os.fstat(self._fd)
-                if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino):
-                    return False
+            if self._named and not os.path.samestat(os.stat(self.name or "."), os.fstat(self._fd)):
+                return False
             return all(
                 identity(os.stat(path, dir_fd=self._fd)) == known
                 for path, known in self._known.items()
@@ -328,8 +329,6 @@ class FolderSource:
                 )
             segments["crc"][chosen] = part["crc"]
             done += int(part["nbytes"].sum())
-
-    # How.
 
     def _groups(self, file: np.ndarray) -> Iterator[slice]:
         """Runs of segments in no more files than may be open at a time."""

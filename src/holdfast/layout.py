@@ -369,6 +369,9 @@ class Folder(Protocol):
     format follows them.
     """
 
+    #: What those are to be warned of who read it.
+    notes: list[str]
+
     @property
     def name(self) -> str: ...  # noqa: D102
     def entries(self, path: str = "") -> Mapping[str, str]:

@@ -41,6 +41,9 @@ class Reader:
         self._paths: dict[str, int] | None = None
         try:
             self.index = self._index(verify, strict)
+            if isinstance(self.source, FolderSource):
+                for text in self.source.notes:
+                    warn(text)
             if guess and self.index.guess is not None:
                 warn(self.index.guess.warning)
         except BaseException:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..dtypes import BY_NAME, DTYPES, DType
-from ..errors import FormatError, warn
+from ..errors import FormatError
 from ..layout import ENTRY, FOREIGN, STORAGE, Folder, Guess, Index
 from ..views import dense_strides
 from ._oneflow_meta import parse_all, read_all
@@ -126,7 +126,7 @@ def index_folder(folder: Folder, *, verify: bool, strict: bool) -> Index:  # noq
             text = f"{folder.name}: has no {DONE!r}: the save was interrupted"
             if strict:
                 raise FormatError(text)
-            warn(text)
+            folder.notes.append(text)
     files = [f"{path}/{DATA}" if path else DATA for path in paths]
     sizes = folder.sizes(files)
     gone = np.flatnonzero(sizes < 0)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..errors import ChecksumError, FormatError, warn
+from ..errors import ChecksumError, FormatError
 from ..layout import Folder, Index, Part
 from ._header_text import short
 from ._merge import merge, select
@@ -280,7 +280,7 @@ def _gather(folder: Folder, listing: _Listing, verify: bool) -> Index:
         part = folder.part(file)
         shard = shard_index(part, verify)
         chosen, rest = select(shard, tensors, part.name)
-        _check_rest(rest, listing, file, part.name)
+        folder.notes += _check_rest(rest, listing, file, part.name)
         shards.append((file, shard, (tensors, chosen)))
     merged = merge(folder.name, shards, order=list(listing.weight_map))
     merged.metadata = {**merged.metadata, **listing.metadata}
@@ -291,19 +291,20 @@ def _gather(folder: Folder, listing: _Listing, verify: bool) -> Index:
     return merged
 
 
-def _check_rest(rest: Sequence[str], listing: _Listing, file: str, name: str) -> None:
-    """What to do about tensors of a shard that the index does not say are in it."""
+def _check_rest(rest: Sequence[str], listing: _Listing, file: str, name: str) -> list[str]:
+    """What to say about tensors of a shard that the index does not say are in it."""
     twice = [tensor for tensor in rest if tensor in listing.weight_map]
     if twice:
         raise FormatError(
             f"{name}: tensor {short(twice[0])} stands in it, but the index says it is in "
             f"{listing.weight_map[twice[0]]!r}: files of two checkpoints"
         )
-    if rest:
-        warn(
-            f"{name}: {len(rest)} tensors, {short(rest[0])} the first, are not in the index and "
-            f"are left out (shard {file!r})"
-        )
+    if not rest:
+        return []
+    return [
+        f"{name}: {len(rest)} tensors, {short(rest[0])} the first, are not in the index and are "
+        f"left out (shard {file!r})"
+    ]
 
 
 # -- writing -------------------------------------------------------------------------------------
