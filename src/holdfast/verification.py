@@ -54,33 +54,31 @@ def verify_file(f: FileLike, *, threads: int) -> Report:
 
 @again
 def _verify_file(f: FileLike, threads: int) -> Report:
+    tensors = 0
     try:
-        reader = Reader(open_origin(f), strict=True)
+        with Reader(open_origin(f), strict=True) as reader:
+            tensors = len(reader.index)
+            if reader.index.storages is not None:
+                return _verify_storages(reader.source, reader.index, threads)
+            return _verify_tensors(reader.source, reader.index, threads)
     except ReplacedError:
         raise
     except FormatError as error:
-        return Report([str(error)], 0, 0)
-    with reader:
-        source, index = reader.source, reader.index
-        rows = np.arange(len(index), dtype=np.int64)
-        if index.storages is not None:
-            return _verify_storages(source, index, threads)
-        if index.crcs is None:
-            return Report([], 0, len(index))
-        segments = fetch.segments_of(index, rows)
-        try:
-            fetch.move(source, segments, verify=True, threads=threads)
-        except ReplacedError:
-            raise
-        except FormatError as error:
-            return Report([str(error)], 0, len(index))
-        has, expected = fetch.expected_crcs(index, rows)
-        bad = np.flatnonzero(has & (segments["crc"] != expected)).tolist()
-        problems = [
-            fetch.mismatch(source.name, index, row, int(segments["crc"][row])) for row in bad
-        ]
-        checked = int(has.sum())
-        return Report(problems, checked, len(index) - checked)
+        return Report([str(error)], 0, tensors)
+
+
+def _verify_tensors(source: Origin, index: Index, threads: int) -> Report:
+    """What is wrong with the tensors of a file whose checksums are those of each."""
+    if index.crcs is None:
+        return Report([], 0, len(index))
+    rows = np.arange(len(index), dtype=np.int64)
+    segments = fetch.segments_of(index, rows)
+    fetch.move(source, segments, verify=True, threads=threads)
+    has, expected = fetch.expected_crcs(index, rows)
+    bad = np.flatnonzero(has & (segments["crc"] != expected)).tolist()
+    problems = [fetch.mismatch(source.name, index, row, int(segments["crc"][row])) for row in bad]
+    checked = int(has.sum())
+    return Report(problems, checked, len(index) - checked)
 
 
 def _verify_storages(source: Origin, index: Index, threads: int) -> Report:
@@ -90,14 +88,9 @@ def _verify_storages(source: Origin, index: Index, threads: int) -> Report:
     which = np.arange(len(index.storages), dtype=np.int64)
     has = (index.storages["flags"] & CHECKED) != 0
     checked = int(has[index.storage].sum())
-    try:
-        found = storages.checksums(source, index, which[has], fetch.move, threads=threads)
-        problems = storages.differing(source.name, index, which[has], found)
-        problems += _verify_others(source, index, threads)
-    except ReplacedError:
-        raise
-    except FormatError as error:
-        return Report([str(error)], 0, len(index))
+    found = storages.checksums(source, index, which[has], fetch.move, threads=threads)
+    problems = storages.differing(source.name, index, which[has], found)
+    problems += _verify_others(source, index, threads)
     return Report(problems, checked, len(index) - checked)
 
 
