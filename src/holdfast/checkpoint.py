@@ -142,9 +142,10 @@ class Checkpoint(Mapping[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         """The tensor called `name`, or `default` where there is none."""
         row = self._reader.position(name)
-        if row < 0:
-            self._reader.check([name])
-        return default if row < 0 else self._tensor(row)
+        if row >= 0:
+            return self._tensor(row)
+        self._reader.check([name])
+        return default
 
     def info(self, name: str) -> Entry:
         """Name, dtype, shape, size, offset and file of one tensor; nothing is read.

@@ -114,7 +114,10 @@ class _Conversion:
                 raise TypeError(
                     f"{error}: only plain tensors can be converted; load and save it instead"
                 ) from error
-        return {name: self.ref(row) for name, row in reader.paths().items()}
+        return self._by_name()
+
+    def _by_name(self) -> dict[str, Any]:
+        return {name: self.ref(row) for name, row in self.reader.paths().items()}
 
     def flat(self, error: Exception) -> dict[str, Any]:
         """The tensors by name, with a warning, where the object around them cannot be written.
@@ -133,7 +136,7 @@ class _Conversion:
             f"{self.reader.source.name}: converted as a flat dict of its tensors, since the object "
             f"itself needs more than values: {error}"
         )
-        return {name: self.ref(row) for name, row in self.reader.paths().items()}
+        return self._by_name()
 
     def _replayed(self, structure: Structure) -> Any:
         """The object around stand-ins. Its framework is imported only if it has values of it."""

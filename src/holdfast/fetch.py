@@ -166,6 +166,8 @@ def lay(
         In which each tensor is its own storage.
     entries : ndarray of ENTRY
         Some of `index`.
+    aligned : bool
+        As for :func:`map_tensors`.
 
     Returns
     -------

@@ -91,9 +91,8 @@ def fill_from(
             if name.startswith(prefix)
         }
         for name in reader.index.refused:
-            if _rename(name, rules).startswith(prefix) and (
-                strict or _rename(name, rules)[len(prefix) :] in named
-            ):
+            new = _rename(name, rules)
+            if new.startswith(prefix) and (strict or new[len(prefix) :] in named):
                 reader.check([name])
         matches = [
             replace(target, row=stored[name]) for name, target in named.items() if name in stored

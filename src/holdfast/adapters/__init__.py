@@ -128,20 +128,14 @@ def codecs(only: str | None) -> tuple[Codec, ...]:
     Those of a framework that is installed import it when the first of its values is met; those of
     one that is not, or (with `only`) that the caller does not want, make plain Python values.
     """
-    _installed.clear()
+    _have.cache_clear()  # what was not there for the last load may be by now
     return _codecs(only, tuple(loaded()))
 
 
-#: Which frameworks a load has looked for: to look for a package takes long, and another load may
-#: find it.
-_installed: dict[str, bool] = {}
-
-
+@cache
 def _have(name: str) -> bool:
-    found = _installed.get(name)
-    if found is None:
-        found = _installed[name] = available(name)
-    return found
+    """Whether a framework is available; to look for a package takes long."""
+    return available(name)
 
 
 @lru_cache(16)
