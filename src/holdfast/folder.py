@@ -29,8 +29,8 @@ __all__ = ["FolderSource", "Origin", "beside", "open_origin"]
 #: Files of less are read whole, opened and closed one by one: a map of one, or a descriptor kept
 #: open for it, would cost more than its bytes.
 SMALL = 64 << 10
-#: How many files are open at a time while they are read: a process may often have 1024 in all.
-_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # often 1024
+#: How many files are open at a time while they are read.
 DESCRIPTORS = 256 if _LIMIT < 0 else max(4, min(256, _LIMIT // 4))
 #: How many files are mapped at most, the largest first; a process may have 65,530 maps.
 MAPS = 1 << 14
@@ -222,7 +222,7 @@ class FolderSource:
     def again(self) -> Origin:
         """What has the name now; closes this one."""
         self.close()
-        return open_origin(os.path.join(self.name or ".", self.start))
+        return open_origin(os.path.join(self.name, self.start) if self.start else self.name or ".")
 
     def forget(self) -> None:
         """Close the files that are open."""
