@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -93,6 +95,22 @@ def test_a_folder_that_is_gone_meanwhile(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(reader.Reader, "_index_once", replace)
     assert holdfast.load(path)["b"][0] == 2
+
+
+def test_with_few_descriptors(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt"
+    tensors = {f"w{i}": np.full(30_000, i, "f4") for i in range(40)}
+    holdfast.save(tensors, path, max_shard_size=120_000)
+    assert len(list(path.glob("*.safetensors"))) == 40
+    program = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))\n"
+        "import holdfast\n"
+        "for mmap in (True, False):\n"
+        "    assert holdfast.load(sys.argv[1], mmap=mmap)['w7'][0] == 7\n"
+        "assert holdfast.verify(sys.argv[1]).ok\n"
+    )
+    subprocess.run([sys.executable, "-c", program, path], check=True, timeout=100)
 
 
 def _save_on(path: Path, kind: str, stop: Any) -> None:

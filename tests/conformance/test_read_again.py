@@ -77,7 +77,7 @@ def cold(tmp_path: Path) -> Path:
 
 
 def brought(path: Path, threads: int = 0) -> bool:
-    """Whether the second of two loads brings the file into the cache.
+    """Whether the second of three loads brings the file into the cache, and the third leaves it.
 
     Several times if need be: the kernel may take the mark back whenever it looks for memory.
     """
@@ -87,14 +87,13 @@ def brought(path: Path, threads: int = 0) -> bool:
         if holds(path, PAGE):
             read(path, threads=threads)
             if holds(path, SIZE):
-                return True
+                read(path, threads=threads)
+                return holds(path, SIZE)
     return False
 
 
 def test_once_again_and_from_then_on(cold: Path) -> None:
     assert brought(cold)
-    read(cold)
-    assert resident(cold) > SIZE // 2
 
 
 @pytest.mark.parametrize("threads", [1, 3, 12])
