@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,19 @@ def test_torch_may_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             hidden.setitem(sys.modules, "torch", None)
             assert type(holdfast.load(tmp_path / "ckpt")["size"]) is tuple
         assert type(holdfast.load(tmp_path / "ckpt")["size"]) is torch.Size
+
+
+def test_torch_may_come_before_it_was_imported(tmp_path: Path) -> None:
+    """Nor does one load know from another whether it can be: in a process that has not yet."""
+    holdfast.save({"size": torch.Size([2, 3]), "x": np.zeros(2)}, tmp_path / "ckpt")
+    program = (
+        "import sys, holdfast\n"
+        "kind = lambda: type(holdfast.load(sys.argv[1])['size']).__name__\n"
+        "sys.modules['torch'] = None\n"
+        "assert kind() == 'tuple'\n"
+        "del sys.modules['torch']\n"
+        "assert kind() == 'Size'\n"
+        "sys.modules['torch'] = None\n"
+        "assert kind() == 'tuple'\n"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path / "ckpt"], check=True, timeout=100)
