@@ -244,7 +244,14 @@ int hold_folder_allow(hold_folder *self, bool replace)
     self->replace = replace;
     /* Where there was none, the rename will tell whether one came since: it is to be asked
      * about. */
-    return replace || self->old_fd == -ENOENT ? 0 : check_empty(self);
+    if (replace || self->old_fd == -ENOENT)
+        return 0;
+    const int rc = check_empty(self);
+    /* One that lost its name meanwhile was being removed when it was looked at: that told
+     * nothing. */
+    const bool lost =
+        rc == -EEXIST && hold_place_is(&self->place, self->place.name, self->old_fd) == 0;
+    return lost ? 1 : rc;
 }
 
 /* ---- commit ------------------------------------------------------------------------------- */
@@ -265,7 +272,7 @@ static int take_free_name(hold_folder *self)
     if (rc != -ENOTEMPTY && rc != -EEXIST)
         return rc;
     /* What came since it was looked at has yet to be asked about. */
-    return self->exact && self->old_fd == -ENOENT ? 1 : -EEXIST;
+    return self->exact ? 1 : -EEXIST;
 }
 
 /* Two renames, where no call exchanges two folders. */
@@ -419,6 +426,10 @@ static int place_folder(hold_folder *self, bool durable)
         if (self->exact || !self->replace)
             break;
     }
+    /* What was looked at may have been removed since. */
+    if (rc == -ENOENT && self->exact &&
+        hold_place_is(&self->place, self->place.name, self->old_fd) != 1)
+        return 1;
     if (rc != 0)
         return rc;
     if (self->exact && how != FREE_NAME && !is_surely(&self->place, self->temp, self->old_fd))

@@ -355,7 +355,8 @@ int hold_folder_look(hold_folder *self);
 
 /*
  * From now on nothing is replaced but what the last look has found, and that only with `replace`;
- * without it, -EEXIST if by now there is a folder with something in it. An empty one always is.
+ * without it, -EEXIST if by now there is a folder with something in it, or 1 if that is another:
+ * the caller looks again. An empty one always is replaced.
  */
 int hold_folder_allow(hold_folder *self, bool replace);
 
@@ -371,7 +372,8 @@ int hold_folder_allow(hold_folder *self, bool replace);
  * nor the old folder get its name back, it stays under a temporary one until then.
  *
  * After hold_folder_allow, where another folder has the name than the last look found, that gets
- * it back, and the result is 1: nothing has happened, and the caller looks again. -EBUSY where yet
+ * it back, and the result is 1: nothing has happened, and the caller looks again; likewise where
+ * nothing has the name any more, or an empty folder is no longer empty. -EBUSY where yet
  * another has taken the name meanwhile. All but 1 end the publication.
  */
 int hold_folder_commit(hold_folder *self, bool durable);

@@ -197,7 +197,7 @@ cdef enum:
 
 
 cdef int decide(hold_folder *handle, may_replace) except? -1:
-    """Ask whether what has the name now may be replaced: 0 or -errno."""
+    """Ask whether what has the name now may be replaced: 0, -errno, or 1 to be asked again."""
     cdef int rc
     cdef bint allowed = False
     with nogil:
@@ -257,8 +257,12 @@ cdef class FolderPublication:
         empty one is replaced whatever it says.
         """
         cdef hold_folder *handle = self.end()  # so that it is not ended by what is called
+        cdef int rc = 1
+        cdef int looks = 0
         try:
-            rc = decide(handle, may_replace)
+            while rc == 1:
+                looks += 1
+                rc = decide(handle, may_replace) if looks <= LOOKS else -errno.EBUSY
         finally:
             self.handle = handle
         check(rc, self.path)
@@ -278,13 +282,14 @@ cdef class FolderPublication:
             while rc == 0:
                 if may_replace is not None:
                     rc = decide(handle, may_replace)
-                    if rc:
+                    if rc < 0:
                         break
-                with nogil:
-                    rc = hold_folder_commit(handle, durable)
-                if rc != 1:
-                    handle = NULL
-                    break
+                if rc == 0:
+                    with nogil:
+                        rc = hold_folder_commit(handle, durable)
+                    if rc != 1:
+                        handle = NULL
+                        break
                 looks += 1
                 rc = 0 if looks < LOOKS else -errno.EBUSY
         finally:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import holdfast
 from holdfast import _engine
 
 ROOT = os.geteuid() == 0
@@ -123,6 +126,61 @@ def test_only_the_folder_that_was_asked_about_is_replaced(
         assert (target / "file").read_bytes() == b"%d" % len(asked)
     assert (tmp_path / "moved1" / "file").read_bytes() == b"0"
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_no_about_one_that_is_gone_counts_for_nothing(
+    tmp_path: Path, times: int, early: bool
+) -> None:
+    """Another saver replaces the folder, and removes it while it is looked at."""
+    target = tmp_path / "target"
+    save(target, b"0")
+    asked: list[int] = []
+
+    def may_replace(fd: int) -> bool:
+        asked.append(fd)
+        if len(asked) > times:
+            return True
+        save(target, b"theirs")
+        assert os.listdir(fd) == []
+        return False
+
+    with _engine.FolderPublication(target) as publication:
+        os.close(_engine.create_beneath(publication.fd, b"ours"))
+        if times == 1:
+            if early:
+                publication.ask(may_replace)
+            publication.commit(False, may_replace)
+        else:
+            with pytest.raises(OSError) as caught:
+                (publication.ask if early else lambda ask: publication.commit(False, ask))(
+                    may_replace
+                )
+            assert caught.value.errno == errno.EBUSY
+
+    assert len(asked) == (2 + early if times == 1 else 100)
+    assert os.listdir(target) == ["ours" if times == 1 else "file"]
+    assert os.listdir(tmp_path) == ["target"]
+
+
+@pytest.mark.parametrize("ban", ["", "exchange"], ids=["exchanged", "aside"])
+def test_one_that_is_removed_meanwhile(tmp_path: Path, ban: str) -> None:
+    target = tmp_path / "target"
+    save(target, b"old")
+
+    def may_replace(fd: int) -> bool:
+        shutil.rmtree(target)
+        return True
+
+    _engine.fault_ban(ban or None, errno.EINVAL)
+    try:
+        save(target, b"new", ask=may_replace)
+    finally:
+        _engine.fault_ban(None, 0)
+
+    assert (target / "file").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["target"]
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -311,6 +369,26 @@ def test_a_file_and_a_folder_of_one_name_do_not_disturb_each_other(tmp_path: Pat
 
     assert os.listdir(tmp_path) == ["target"]
     assert target.is_dir()
+
+
+def test_checkpoints_side_by_side(tmp_path: Path) -> None:
+    """Each looks at what it replaces, which others have begun to remove."""
+    target = tmp_path / "target"
+    failures: list[BaseException] = []
+    tree = {f"layer{k}": np.arange(8.0) for k in range(20)}
+
+    def saver(text: bytes) -> None:
+        try:
+            for _ in range(40):
+                holdfast.save(tree, target, format="oneflow", durable=False)
+        except BaseException as error:
+            failures.append(error)
+
+    side_by_side(saver)
+
+    assert failures == []
+    assert len(holdfast.load(target)) == 20
+    assert os.listdir(tmp_path) == ["target"]
 
 
 def side_by_side(saver: Callable[[bytes], None]) -> None:
