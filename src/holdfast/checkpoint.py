@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -72,7 +73,8 @@ class Checkpoint(Mapping[str, Any]):
     private, writable map of the file and cost no read until they are touched, but those of bool,
     each byte of which has to be 0 or 1; elsewhere, and for file objects, each is read when asked
     for. Tensors stay valid after ``close``: they keep the
-    memory they need.
+    memory they need. Threads may share it; ``close`` beside one that is reading lets that end
+    first, without waiting for it.
 
     Attributes
     ----------
@@ -105,6 +107,8 @@ class Checkpoint(Mapping[str, Any]):
         self._plain = b""  # ... for each, 1 if it is what stands there, 2 if it is large, too
         self._asked = 0  # for so many tensors
         self._closed = False
+        self._users: set[object] = set()  # one for each thread that reads from the file
+        self._ending = [self._reader.source]  # whoever takes it from here closes it
         index = self._reader.index
         self._location = location = said_of(index, location)
         self._adapter = adapters.choose(framework, index.framework)
@@ -177,7 +181,8 @@ class Checkpoint(Mapping[str, Any]):
         return self._tensor(self._reader.find(name))
 
     def _tensor(self, row: int, whole: bool = True) -> Any:
-        return self._held[row] if row in self._held else self._wrap(row, whole)
+        held = self._held.get(row)
+        return self._wrap(row, whole) if held is None else held
 
     def slice(self, name: str) -> TensorSlice:
         """One tensor to take parts of, with no more read than they need."""
@@ -191,27 +196,27 @@ class Checkpoint(Mapping[str, Any]):
         keys : str or iterable of str, optional
             Names or patterns; by default all tensors, without what cannot be read.
         """
-        self._check_open()
         index = self._reader.index
-        if keys is None:
-            rows = np.arange(len(index), dtype=np.int64)
-        else:
-            rows = np.array(sorted(set(self._reader.select(keys).values())), np.int64)
-        if self._mapped and self._destination(rows) is None:
-            ahead.bring(self._map(), fetch.stretches(index, rows), self._threads)
-        else:
+        with self._using():
+            if keys is None:
+                rows = np.arange(len(index), dtype=np.int64)
+            else:
+                rows = np.array(sorted(set(self._reader.select(keys).values())), np.int64)
             to = self._destination(rows)
+            if self._mapped and to is None:
+                ahead.bring(self._map(), fetch.stretches(index, rows), self._threads)
+                return
             maker = self._assembler(self._read(rows, to), rows, to)
             made = maker.named({str(row): row for row in rows.tolist()})
             self._held.update((int(row), tensor) for row, tensor in made.items())
 
     def close(self) -> None:
-        """Close the file. Tensors already taken stay valid."""
+        """Close the file. Tensors already taken stay valid.
+
+        Where another thread is reading from it, that happens once it is through.
+        """
         self._closed = True
-        self._laid = None
-        self._held.clear()
-        self._maps = None
-        self._reader.source.close()
+        self._leave()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -238,14 +243,38 @@ class Checkpoint(Mapping[str, Any]):
         state = "closed" if self._closed else "open"
         return f"<holdfast.Checkpoint {self._reader.source.name!r}, {len(self)} tensors, {state}>"
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError(f"{self._reader.source.name}: the checkpoint is closed")
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """Keep the file open meanwhile: a descriptor closed beneath a read may become another's.
+
+        Without a lock, that a fork or a signal could find taken: a set changes in one step.
+        """
+        user = object()
+        self._users.add(user)
+        try:
+            if self._closed:
+                raise ValueError(f"{self._reader.source.name}: the checkpoint is closed")
+            yield
+        finally:
+            self._users.discard(user)
+            if self._closed:
+                self._leave()
+
+    def _leave(self) -> None:
+        """Close the file, which is to be closed, unless a thread reads from it."""
+        if self._users or not self._ending:
+            return
+        self._laid = None
+        self._held.clear()
+        self._maps = None
+        with suppress(IndexError):  # another thread was first
+            self._ending.pop().close()
 
     def _map(self) -> Maps:
-        if self._maps is None:
-            self._maps = self._reader.source.maps(self._reader.index)
-        return self._maps
+        maps = self._maps
+        if maps is None:
+            self._maps = maps = self._reader.source.maps(self._reader.index)
+        return maps
 
     def _destination(self, rows: np.ndarray) -> Destination | None:
         """The devices that these entries are read to; None for the memory of the host alone."""
@@ -308,25 +337,34 @@ class Checkpoint(Mapping[str, Any]):
         self._plain, self._laid = (plain.astype("u1") + large).tobytes(), batch
 
     def _wrap(self, row: int, whole: bool = True) -> Any:
-        self._check_open()
-        index = self._reader.index
-        if self._laid is None:
-            self._lay()
         laid = self._laid
-        if laid is not None and self._plain[row]:
-            if whole and self._plain[row] > 1:
-                self._expect(row)
+        if laid is None:
+            with self._using():
+                self._lay()
+                laid = self._laid
+                if laid is None:
+                    return self._wrap_apart(row, whole)
+        if self._plain[row]:
+            maps = self._maps
+            if whole and self._plain[row] > 1 and maps is not None:
+                self._expect(row, maps)
             owner = None if laid.owner is None else laid.owner[row : row + 1]
             one = TensorBatch(laid.views[row : row + 1], laid.dims, laid.owners, owner=owner)
             try:
                 return self._adapter.wrap(one, {})[0]
             except (TypeError, ValueError):
                 pass  # it is told below of what
+        with self._using():
+            return self._wrap_apart(row, whole)
+
+    def _wrap_apart(self, row: int, whole: bool) -> Any:
+        """A tensor that takes more than to say where it is in the map."""
+        index = self._reader.index
         rows = np.array([row], np.int64)
         to = self._destination(rows)
         if self._mapped and to is None:
             if whole:
-                self._expect(row)
+                self._expect(row, self._map())
             batch = fetch.map_tensors(self._reader.source, index, rows, self._map())
             if index.entries["dtype"][row] == BOOL and row not in self._settled:
                 settle(index, batch)
@@ -336,7 +374,7 @@ class Checkpoint(Mapping[str, Any]):
             batch = self._read(rows, to)
         return self._assembler(batch, rows, to).named({"": row})[""]
 
-    def _expect(self, row: int) -> None:
+    def _expect(self, row: int, maps: Maps) -> None:
         """All of a tensor is going to be used."""
         index = self._reader.index
         at = index.entries[row]
@@ -344,9 +382,9 @@ class Checkpoint(Mapping[str, Any]):
         if nbytes < ahead.EXPECT_LEAST:
             return
         if index.storages is None:
-            ahead.expect_one(self._map(), int(at["file"]), int(at["offset"]), nbytes)
+            ahead.expect_one(maps, int(at["file"]), int(at["offset"]), nbytes)
         else:
-            ahead.expect(self._map(), fetch.stretches(index, np.array([row], np.int64)))
+            ahead.expect(maps, fetch.stretches(index, np.array([row], np.int64)))
 
     def _assembler(
         self, batch: TensorBatch, rows: np.ndarray, to: Destination | None
@@ -379,16 +417,16 @@ class Checkpoint(Mapping[str, Any]):
             or not (plain and fetch.partial(self._reader.index, row))
         ):
             return self._tensor(row, whole=False)[key]
-        self._check_open()
         rest = key[1:] if isinstance(key, tuple) else ()
         start, stop, local = _span(first, shape[0], name)
-        batch = fetch.read_part(
-            self._reader.source,
-            self._reader.index,
-            row,
-            start * math.prod(shape[1:]),
-            (stop - start, *shape[1:]),
-        )
+        with self._using():
+            batch = fetch.read_part(
+                self._reader.source,
+                self._reader.index,
+                row,
+                start * math.prod(shape[1:]),
+                (stop - start, *shape[1:]),
+            )
         part = self._adapter.wrap(settle(self._reader.index, batch), {})[0]
         if self._location is not None:
             part = self._adapter.place(part, self._location)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -121,6 +123,79 @@ def test_closed(saved: Path) -> None:
     with pytest.raises(ValueError, match="closed"):
         f.prefetch()
     assert "closed" in repr(f)
+
+
+@pytest.mark.parametrize("way", ["tensor", "slice", "prefetch"])
+def test_closed_beside_a_thread_that_reads(
+    way: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The descriptor, which would be the next file's, is closed when the read has ended."""
+    from holdfast import fetch
+
+    f = holdfast.open(saved)
+    f._mapped = False  # as on a network file system
+    move, reading, closed = fetch.move, threading.Event(), threading.Event()
+
+    def slowly(*args: Any, **options: Any) -> None:
+        reading.set()
+        assert closed.wait(60)
+        move(*args, **options)
+
+    monkeypatch.setattr(fetch, "move", slowly)
+    found: list[Any] = []
+
+    def use() -> None:
+        if way == "prefetch":
+            f.prefetch()
+        else:
+            part = f["model.fc.weight"] if way == "tensor" else f.slice("model.fc.weight")[29:]
+            found.append(float(part[-1, 19]))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    assert reading.wait(60)
+    fd = f._reader.source.fd
+    f.close()
+    assert "closed" in repr(f) and os.fstat(fd)
+    with pytest.raises(ValueError, match="closed"):
+        f["step"]
+    closed.set()
+    thread.join()
+    assert found == ([] if way == "prefetch" else [599.0])
+    assert f._reader.source.fd == -1 and not f._held
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+def test_closed_again_and_again_beside_threads_that_read(saved: Path) -> None:
+    raised: list[BaseException] = []
+    right = 0
+
+    def use(f: Any, start: threading.Barrier) -> None:
+        nonlocal right
+        start.wait()
+        try:
+            while True:
+                right += f["model.fc.weight"][29, 19] == 599
+                right += f.slice("model.fc.weight")[3:4].shape == (1, 20)
+        except BaseException as error:
+            if not (isinstance(error, ValueError) and "closed" in str(error)):
+                raised.append(error)
+
+    for k in range(60):
+        f = holdfast.open(saved)
+        f._mapped = k % 2 == 0
+        start = threading.Barrier(4)
+        threads = [threading.Thread(target=use, args=(f, start)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        start.wait()
+        time.sleep(k % 7 / 1000)
+        f.close()
+        for thread in threads:
+            thread.join()
+        assert f._reader.source.fd == -1
+    assert raised == [] and right > 0
 
 
 def test_dropped_without_close(saved: Path) -> None:
