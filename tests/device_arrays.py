@@ -162,6 +162,9 @@ class Adapter:
     def named_tensors(self, obj: object) -> None:
         return None
 
+    def own_loader(self, obj: object, stored: Any) -> None:
+        return None
+
     def writable(self, tensor: Any) -> bool:
         return True
 

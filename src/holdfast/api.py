@@ -393,12 +393,11 @@ def load_into(
     Parameters
     ----------
     target : torch.nn.Module or nesting of dicts, lists and tuples of tensors
-        Of a module, its parameters and persistent buffers, as in its ``state_dict()``. What
-        ``get_extra_state()`` of a module returned is not filled: its tensors are unexpected.
-        Nor does code of the module run that ``load_state_dict`` would call: its hooks, and
-        ``_load_from_state_dict`` where a class has its own, which may rename what older versions
-        saved, or give shape to what has none yet. For such modules, load and use
-        ``load_state_dict``.
+        Of a module, its parameters and persistent buffers, as in its ``state_dict()``. Where it, or
+        a module in it, has code of its own for being loaded (hooks of ``load_state_dict``, a
+        ``_load_from_state_dict``, a ``set_extra_state``), that runs: ``load_state_dict`` is called
+        with tensors that are a map of the file. It takes as long as it takes, a GPU is not filled
+        through pinned memory, and where it fails part of the module may have been filled.
     f : str, bytes, os.PathLike or binary file object
         As for :func:`load`.
     strict : bool

@@ -6,7 +6,6 @@ import enum
 import heapq
 import io
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,9 +20,11 @@ from .dequantize import dequantized, read_part
 from .errors import ChecksumError
 from .folder import open_origin
 from .formats._gguf_types import DEQUANTIZED
+from .handover import hand_over
 from .layout import Index
 from .overlaps import Place, entangled, place_of
 from .reader import Reader
+from .renaming import apply, renamed, rules_of
 from .replaced import again
 from .source import FileLike
 from .views import TensorBatch, TensorView
@@ -35,6 +36,8 @@ __all__ = ["IncompatibleKeys", "fill_from"]
 
 #: A tensor whose dtype has to be converted passes through memory in parts of at most this.
 PART = 8 << 20
+#: Shapes of a scalar as PyTorch before 0.4 had it, and of what it fills.
+_SCALAR = ((1,), ())
 
 
 class IncompatibleKeys(NamedTuple):
@@ -80,18 +83,30 @@ def fill_from(
     """What :func:`holdfast.load_into` does."""
     if not isinstance(prefix, str):
         raise TypeError(f"prefix must be a str, not {type(prefix).__name__}")
-    rules = _rules(rename)
-    named, barred = _named_tensors(target)
+    rules = rules_of(rename)
+    leaves = _leaves(target)
     with Reader(open_origin(f), guess=False) as reader:
         if dequantize:
             reader.described = dequantized(reader.index)
         stored = {
             name[len(prefix) :]: row
-            for name, row in _renamed(reader, rules).items()
+            for name, row in renamed(reader, rules).items()
             if name.startswith(prefix)
         }
+        for adapter in adapters.loaded():
+            load = adapter.own_loader(target, stored)
+            # Of what does not say its types there are no tensors but those of the target.
+            if load is not None and reader.index.guess is None:
+                given = hand_over(
+                    adapter, reader, stored, prefix, rules, dequantize=dequantize, threads=threads
+                )
+                try:
+                    return IncompatibleKeys(*load(given, strict))
+                except RuntimeError as error:
+                    raise RuntimeError(f"{reader.source.name}: {error}") from error
+        named, barred = _described(leaves)
         for name in reader.index.refused:
-            new = _rename(name, rules)
+            new = apply(name, rules)
             if new.startswith(prefix) and (strict or new[len(prefix) :] in named):
                 reader.check([name])
         matches = [
@@ -114,46 +129,6 @@ def fill_from(
     return keys
 
 
-def _rules(rename: Mapping[str, str] | None) -> list[tuple[re.Pattern[str], str]]:
-    """The patterns of `rename`, compiled."""
-    if rename is not None and not isinstance(rename, Mapping):
-        raise TypeError(f"rename must be a dict of patterns, not {type(rename).__name__}")
-    rules = []
-    for pattern, text in (rename or {}).items():
-        if not isinstance(pattern, str) or not isinstance(text, str):
-            raise TypeError(f"rename must map str to str, found {pattern!r}: {text!r}")
-        try:
-            rules.append((re.compile(pattern), text))
-        except re.error as error:
-            raise ValueError(f"rename: {pattern!r} is no regular expression: {error}") from None
-    return rules
-
-
-def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
-    for pattern, text in rules:
-        try:
-            name = pattern.sub(text, name)
-        except re.error as error:
-            raise ValueError(f"rename: {text!r}: {error}") from None
-    return name
-
-
-def _renamed(reader: Reader, rules: list[tuple[re.Pattern[str], str]]) -> dict[str, int]:
-    """Every name in a file, after `rules`, and its entry."""
-    if not rules:
-        return reader.paths()
-    found: dict[str, int] = {}
-    before: dict[str, str] = {}
-    for name, row in reader.paths().items():
-        new = _rename(name, rules)
-        if found.setdefault(new, row) != row:
-            raise ValueError(
-                f"{reader.source.name}: rename makes {new!r} of both {before[new]!r} and {name!r}"
-            )
-        before.setdefault(new, name)
-    return found
-
-
 def _last(matches: list[_Target]) -> list[_Target]:
     """Of several tensors that are one memory the last one, which is the one that counts."""
     found: dict[object, _Target] = {}
@@ -164,24 +139,27 @@ def _last(matches: list[_Target]) -> list[_Target]:
     return list(found.values())
 
 
-def _named_tensors(target: Any) -> tuple[dict[str, _Target], dict[str, str]]:
-    """The tensors of a module, or of any nesting that ``save`` takes, by name.
-
-    Those that no tensor of a file fits are apart, with what their framework says of them.
-    """
+def _leaves(target: Any) -> dict[str, Any]:
+    """The tensors of a module, or of any nesting that ``save`` takes, by name."""
     for adapter in adapters.loaded():
         named = adapter.named_tensors(target)
         if named is not None:
-            break
-    else:
-        if not isinstance(target, Mapping | list | tuple):
-            raise TypeError(
-                "target must be a module or a dict (or a nesting of them) of tensors, not "
-                f"{type(target).__name__}"
-            )
-        flat, blobs = objects.flatten(target)
-        pairs = zip(flat.names, flat.leaves, strict=True)
-        named = {name: leaf for name, leaf in pairs if id(leaf) not in blobs}
+            return named
+    if not isinstance(target, Mapping | list | tuple):
+        raise TypeError(
+            "target must be a module or a dict (or a nesting of them) of tensors, not "
+            f"{type(target).__name__}"
+        )
+    flat, blobs = objects.flatten(target)
+    pairs = zip(flat.names, flat.leaves, strict=True)
+    return {name: leaf for name, leaf in pairs if id(leaf) not in blobs}
+
+
+def _described(named: dict[str, Any]) -> tuple[dict[str, _Target], dict[str, str]]:
+    """What is to be filled.
+
+    Tensors that none of a file fits are apart, with what their framework says of them.
+    """
     found: dict[str, _Target] = {}
     barred: dict[str, str] = {}
     names, leaves = list(named), list(named.values())
@@ -243,7 +221,7 @@ def _refuse(
                     f"{match.adapter.shape_text(match.view.shape)} in the current model needs "
                     f"{needed} bytes, the checkpoint has {found} and does not say of what type."
                 )
-        elif shape != match.view.shape:
+        elif shape != match.view.shape and (shape, match.view.shape) != _SCALAR:
             problems.append(
                 f"size mismatch for {match.name}: copying a param with shape "
                 f"{match.adapter.shape_text(shape)} from checkpoint, the shape in current model is "
@@ -369,7 +347,8 @@ def _copy(reader: Reader, match: _Target) -> None:
         forced=True,
         kinds=reader.kinds,
     )
-    match.adapter.fill(match.tensor, made.named({"": match.row})[""])
+    value = made.named({"": match.row})[""]
+    match.adapter.fill(match.tensor, value.reshape(match.view.shape))
 
 
 def _check_dtypes(reader: Reader, matches: list[_Target]) -> None:

@@ -27,7 +27,7 @@ from .views import TensorBatch
 if TYPE_CHECKING:
     from .staging import Staging
 
-__all__ = ["LoadOptions", "load_file"]
+__all__ = ["LoadOptions", "bring", "load_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def load_file(f: FileLike, options: LoadOptions) -> Any:
         else:
             rows = np.array(sorted(set(chosen.values())), np.int64)
         to = _devices(reader, rows, adapter, options)
-        batch = _bring(source, index, rows, adapter, options, to)
+        batch = bring(source, index, rows, adapter, options, to)
         made = objects.assembler(
             index,
             batch,
@@ -149,7 +149,7 @@ def _devices(
     )
 
 
-def _bring(
+def bring(
     source: Origin,
     index: Index,
     rows: np.ndarray,

@@ -166,3 +166,22 @@ def test_what_is_computed_still_is_waited_for() -> None:
     batch, _ = OneFlowAdapter().describe([result], ["x"])
     data = ctypes.string_at(batch[0].address, batch[0].nbytes)
     assert np.frombuffer(data, np.float32).tolist() == [1.0] * 90_000
+
+
+def test_modules_that_load_themselves(tmp_path: Path) -> None:
+    import holdfast
+    from holdfast.adapters.oneflow import OneFlowAdapter
+
+    net = oneflow.nn.Sequential(oneflow.nn.Conv2d(1, 2, 1), oneflow.nn.BatchNorm2d(2))
+    state = {name: tensor + 1 for name, tensor in net.state_dict().items()}
+    assert OneFlowAdapter().own_loader(net, state) is None
+    assert OneFlowAdapter().own_loader({}, state) is None
+    holdfast.save({"m": {"old": state.pop("0.weight"), **state}}, tmp_path / "x.safetensors")
+
+    def rename(state: Any, prefix: str, *_: Any) -> None:
+        state["0.weight"] = state.pop("old")
+
+    net._register_load_state_dict_pre_hook(rename)
+    keys = holdfast.load_into(net, tmp_path / "x.safetensors", prefix="m.")
+    assert keys == ([], [])
+    assert all((net.state_dict()[name].numpy() == state[name].numpy()).all() for name in state)

@@ -14,10 +14,11 @@ from functools import cache, lru_cache
 from typing import Any, cast
 
 from ..tree import Codec
-from .base import Adapter, Storages
+from .base import Adapter, Loader, Storages
 
 __all__ = [
     "Adapter",
+    "Loader",
     "Storages",
     "available",
     "by_name",

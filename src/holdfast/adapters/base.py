@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ __all__ = [
     "REQUIRES_GRAD",
     "Adapter",
     "Codec",
+    "Loader",
     "Placed",
     "Storages",
     "dtypes_of",
@@ -31,6 +32,9 @@ PARAMETER = 2
 #: A tensor as a view of a storage: key of the storage, code of the dtype, bytes of the whole
 #: storage, offset in elements, shape, strides in elements, flags.
 Placed = tuple[str, int, int, int, tuple[int, ...], tuple[int, ...], int]
+
+#: What loads a module from tensors by name; with True names have to match: missing and unexpected.
+Loader = Callable[[Mapping[str, Any], bool], tuple[list[str], list[str]]]
 
 
 class Storages(Protocol):
@@ -275,6 +279,23 @@ class Adapter(Protocol):
 
     def named_tensors(self, obj: object) -> dict[str, Any] | None:
         """The tensors of a module by name, for ``load_into``; None where `obj` is no module."""
+        ...
+
+    def own_loader(self, obj: object, stored: Container[str]) -> Loader | None:
+        """What loads a module that has code of its own for it.
+
+        Parameters
+        ----------
+        obj : object
+        stored : container of str
+            Names of the tensors that there are for it.
+
+        Returns
+        -------
+        callable or None
+            None for what is no module, or one to which its tensors are all. Else what takes tensors
+            by name, and whether names must match, and returns missing and unexpected names.
+        """
         ...
 
     def writable(self, tensor: Any) -> bool:

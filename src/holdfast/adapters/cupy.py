@@ -8,7 +8,7 @@ stream: whoever copies the memory of a described array waits for that which CuPy
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import cupy
@@ -251,6 +251,9 @@ class CupyAdapter:
     def named_tensors(self, obj: object) -> dict[str, Any] | None:  # noqa: ARG002
         """None: CuPy has no modules."""
         return None
+
+    def own_loader(self, obj: object, stored: Container[str]) -> None:
+        """None: there are no modules."""
 
     def writable(self, tensor: Any) -> bool:  # noqa: ARG002
         """True: CuPy has no read-only arrays."""

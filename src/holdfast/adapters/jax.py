@@ -8,7 +8,7 @@ and say nothing. Whether the type of an array is weak is not held.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,6 +249,9 @@ class JaxAdapter:
     def named_tensors(self, obj: object) -> dict[str, Any] | None:  # noqa: ARG002
         """None: JAX has no modules."""
         return None
+
+    def own_loader(self, obj: object, stored: Container[str]) -> None:
+        """None: there are no modules."""
 
     def writable(self, tensor: Any) -> bool:  # noqa: ARG002
         """False: JAX's arrays are immutable."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -338,6 +338,9 @@ class NumpyAdapter:
     def named_tensors(self, obj: object) -> dict[str, Any] | None:  # noqa: ARG002
         """None: NumPy has no modules."""
         return None
+
+    def own_loader(self, obj: object, stored: Container[str]) -> None:
+        """None: there are no modules."""
 
     def writable(self, tensor: Any) -> bool:
         """Whether the array allows it."""

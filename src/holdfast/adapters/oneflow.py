@@ -8,7 +8,7 @@ small ones are therefore looked at together.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,9 @@ from ..dtypes import BY_NAME, DTYPES, DType
 from ..tree import Codec
 from ..views import DENSE, VIEW, TensorBatch
 from . import _oneflow_look as look
+from ._modules import own_loader
 from ._oneflow_storages import OneFlowStorages
-from .base import dtypes_of, refusal
+from .base import Loader, dtypes_of, refusal
 from .numpy import ADAPTER as NUMPY
 
 __all__ = ["ADAPTER", "OneFlowAdapter"]
@@ -233,6 +234,11 @@ class OneFlowAdapter:
             for name, value in obj.state_dict(keep_vars=True).items()
             if isinstance(value, oneflow.Tensor)
         }
+
+    def own_loader(self, obj: object, stored: Container[str]) -> Loader | None:
+        """The ``load_state_dict`` of a module, where hooks or methods of its own matter."""
+        norm = oneflow.nn.modules.batchnorm._NormBase
+        return own_loader(obj, oneflow.nn.Module, norm, stored)
 
     def writable(self, tensor: Any) -> bool:  # noqa: ARG002
         """True: OneFlow has no read-only tensors."""

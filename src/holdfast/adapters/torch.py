@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from ..tree import Codec
 from ..views import CUDA, DENSE, VIEW, TensorBatch, device_code
 from . import _torch_load
 from ._dlpack import Exchange
+from ._modules import own_loader
 from ._torch_storages import AskedStorages, TorchStorages
-from .base import dtypes_of, refusal
+from .base import Loader, dtypes_of, refusal
 
 __all__ = ["ADAPTER", "TorchAdapter"]
 
@@ -200,6 +201,11 @@ class TorchAdapter:
             for name, value in obj.state_dict(keep_vars=True).items()
             if isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
         }
+
+    def own_loader(self, obj: object, stored: Container[str]) -> Loader | None:
+        """The ``load_state_dict`` of a module, where hooks or methods of its own matter."""
+        norm = torch.nn.modules.batchnorm._NormBase
+        return own_loader(obj, torch.nn.Module, norm, stored)
 
     def writable(self, tensor: Any) -> bool:  # noqa: ARG002
         """True: PyTorch has no read-only tensors."""

@@ -1,0 +1,62 @@
+"""What the modules of PyTorch and OneFlow, whose classes are alike, do when they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+from .base import Loader
+
+__all__ = ["own_loader"]
+
+_HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_METHODS = ("load_state_dict", "_load_from_state_dict", "set_extra_state")
+_TRACKED = "num_batches_tracked"
+
+
+def own_loader(obj: Any, base: type, norm: type, stored: Container[str]) -> Loader | None:
+    """``load_state_dict`` of a module for which it does more than to fill parameters and buffers.
+
+    That is so where the module, or one in it, has hooks for it or methods of its own.
+
+    Parameters
+    ----------
+    obj : object
+    base : type
+        The class of all modules.
+    norm : type
+        The class of batch normalization. Its own method makes up for the counter that versions
+        before 0.4.1 of PyTorch did not have, and does nothing else.
+    stored : container of str
+        Names of the tensors that there are for the module.
+    """
+    if not isinstance(obj, base):
+        return None
+    root: Any = obj
+    each = root.named_modules()
+    if not any(_has_own(module, base, norm, prefix, stored) for prefix, module in each):
+        return None
+
+    def load(state: Mapping[str, Any], strict: bool) -> tuple[list[str], list[str]]:
+        missing, unexpected = root.load_state_dict(state, strict=strict)
+        return list(missing), list(unexpected)
+
+    return load
+
+
+def _has_own(module: Any, base: type, norm: type, prefix: str, stored: Container[str]) -> bool:
+    """Whether one module, called `prefix`, has hooks or methods of its own."""
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        return True
+    for method in _METHODS:
+        own = getattr(type(module), method, None)
+        if method in vars(module):
+            return True
+        if own is getattr(base, method, None):
+            continue
+        if own is not getattr(norm, method, None):
+            return True
+        counter = f"{prefix}.{_TRACKED}" if prefix else _TRACKED
+        if getattr(module, _TRACKED, None) is not None and counter not in stored:
+            return True
+    return False
