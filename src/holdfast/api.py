@@ -286,8 +286,9 @@ def convert(
     -----
     UserWarning
         `src` holds more than values, a whole module say, which cannot be had without running code,
-        or a tensor of a special kind: `dst` is then a flat dict of what :func:`open` names. Or it
-        has metadata, and the other format no place for them.
+        or a tensor of a special kind: `dst` is then a flat dict of what :func:`open` names. Or
+        tensors have attributes of Python's, which are left out. Or it has metadata, and the other
+        format no place for them.
 
     Raises
     ------

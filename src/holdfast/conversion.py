@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -20,10 +21,11 @@ from .folder import open_origin
 from .formats import Writing
 from .layout import FOREIGN, SEGMENT, Plan, Structure
 from .maps import Maps
+from .omitting import Omitting, UntoldStorage
 from .pickling import pickle_around
 from .publish import check_target, write_out
 from .reader import Reader
-from .references import Ref, RefAdapter, RefStorages
+from .references import Ref, RefAdapter, RefStorages, view_of
 from .safe import SafeResolver
 from .saving import SaveOptions, written_apart
 from .scratch import float_index, floats_of
@@ -69,6 +71,7 @@ class _Conversion:
         if dequantize:
             self._dequantize(folder)
         self._adapters: dict[str | None, RefAdapter] = {}
+        self._views: dict[tuple[int, int, Any], int] | None = None
 
     def _dequantize(self, folder: str | None) -> None:
         """Put floats in the place of blocks. What has a checksum is checked here and now."""
@@ -108,12 +111,8 @@ class _Conversion:
         if index.structure is not None:
             try:
                 return self._replayed(index.structure)
-            except UnsafeError as error:
-                return self.flat(error)
             except (FormatError, TypeError) as error:
-                raise TypeError(
-                    f"{error}: only plain tensors can be converted; load and save it instead"
-                ) from error
+                return self.flat(error)
         return self._by_name()
 
     def _by_name(self) -> dict[str, Any]:
@@ -144,12 +143,30 @@ class _Conversion:
         refs = [self.ref(row) for row in range(len(self.index))]
         plain = _Plain(name, self.index.framework or "")
         try:
-            return structure.replay(refs, _no_storage, plain)
+            return structure.replay(refs, _untold, plain)
         except UnsafeError:
             if not plain.needed:
                 raise
         framework = adapters.choose(None, self.index.framework).name
-        return structure.replay(refs, _no_storage, SafeResolver(framework, name=name))
+        resolver = Omitting(framework, self._entry, name=name)
+        made = structure.replay(refs, _untold, resolver)
+        if resolver.omitted:
+            few = [repr(key[:40]) for key in itertools.islice(resolver.omitted, 10)]
+            more = ", …" if len(resolver.omitted) > len(few) else ""
+            warn(f"{name}: attributes of tensors are left out: {', '.join(few)}{more}")
+        return made
+
+    def _entry(self, storage: int, code: int, view: tuple[Any, Any, Any]) -> Ref | None:
+        """The stand-in for a view of a storage, where an entry is that."""
+        index = self.index
+        if self._views is None:
+            owners, dtypes = index.storage, index.entries["dtype"]
+            self._views = {
+                (int(owners[row]), int(dtypes[row]), view_of(index, row)): row  # type: ignore[index]
+                for row in range(len(index))
+            }
+        row = self._views.get((storage, code, view))
+        return None if row is None else self.ref(row)
 
     def _refuse_loss(self) -> None:
         """Raise TypeError where the file holds more than the tensors that have names."""
@@ -229,9 +246,8 @@ class _Plain(SafeResolver):
         return super().find(module, name)
 
 
-def _no_storage(row: int, code: int, *_: object) -> object:
-    del code
-    raise FormatError(f"storage {row} is that of a quantized tensor, or of none")
+def _untold(row: int, code: int, *_: object) -> UntoldStorage:
+    return UntoldStorage(row, code)
 
 
 def convert_file(

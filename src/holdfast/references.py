@@ -13,7 +13,7 @@ from .dtypes import DTYPES
 from .layout import Index
 from .views import TensorBatch
 
-__all__ = ["Ref", "RefAdapter", "RefStorages"]
+__all__ = ["Ref", "RefAdapter", "RefStorages", "view_of"]
 
 #: What the kinds of torch's tensors are in the pickle of one.
 _FLAGS = {
@@ -129,25 +129,17 @@ class RefStorages:
             raise TypeError(f"{dtype.name} {tensor.kind}".strip() + ": PyTorch has no such type")
         if index.flags is not None and index.flags[row]:
             raise TypeError("a tensor that is conjugated or negated lazily")
-        shape = index.shape(row)
         if index.storage is None or index.storages is None:
-            own, nbytes, offset = row, int(entry["nbytes"]), 0
+            own, nbytes = row, int(entry["nbytes"])
         else:
             own = int(index.storage[row])
             nbytes = int(index.storages["nbytes"][own])
-            offset = int(entry["offset"]) - int(index.storages["offset"][own])
         key = self._keys.setdefault(own, str(len(self._keys)))
         if int(index.entries["dtype"][self._first.setdefault(own, row)]) != dtype.code:
             raise RuntimeError(
                 f"a storage that is {dtype.name} for one tensor and something else for another"
             )
-        size = dtype.itemsize
-        strides = _dense(shape)
-        if index.strides is not None:
-            first = int(entry["dims"])
-            steps = index.strides[first : first + len(shape)] // size
-            strides = tuple(steps.tolist())
-        return key, dtype.code, nbytes, offset // size, shape, strides, _FLAGS[tensor.kind]
+        return key, dtype.code, nbytes, *view_of(index, row), _FLAGS[tensor.kind]
 
     def batch(self) -> TensorBatch:
         """The storages in memory, one row each."""
@@ -165,6 +157,18 @@ class RefStorages:
         found.owners = [batch] * len(which)
         found.owner = None
         return found
+
+
+def view_of(index: Index, row: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Where an entry lies in its storage: offset, shape and strides, in elements."""
+    entry, size, shape = index.entries[row], index.dtype(row).itemsize, index.shape(row)
+    offset, strides = 0, _dense(shape)
+    if index.storage is not None and index.storages is not None:
+        offset = int(entry["offset"]) - int(index.storages["offset"][int(index.storage[row])])
+    if index.strides is not None:
+        first = int(entry["dims"])
+        strides = tuple((index.strides[first : first + len(shape)] // size).tolist())
+    return offset // size, shape, strides
 
 
 def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -32,3 +32,93 @@ def test_the_tensors_are_converted(value: Any, shard: int | None, tmp_path: Path
         holdfast.convert(tmp_path / "a.pth", to, max_shard_size=shard)
     found = holdfast.load(to)
     assert list(found) == ["model.w"] and found["model.w"].sum() == 3000
+
+
+class Megatron(torch.nn.Module):  # type: ignore[misc]
+    """A module whose parameters say how they are split."""
+
+    def __init__(self, split: int) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+        self.frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+        for tensor in (self.w, self.frozen):
+            tensor.tensor_model_parallel = True
+            tensor.partition_dim = split
+
+
+@pytest.mark.parametrize("to", ["safetensors", "pt", "legacy", "shards"])
+def test_attributes_of_tensors_are_left_out(to: str, tmp_path: Path) -> None:
+    net = Megatron(0)
+    scaled = torch.arange(4.0)[1:3]  # a view, with a tensor in its attributes
+    scaled.scale = torch.full((2,), 3.0)
+    grad = torch.ones(3, requires_grad=True)
+    grad.tag = "x" * 100
+    state = {"model": net.state_dict(keep_vars=True), "epoch": 3, "more": [scaled, grad]}
+    torch.save(state, tmp_path / "a.pth")
+
+    target = tmp_path / {"shards": "folder", "safetensors": "a.st"}.get(to, "b.pt")
+    shard = 10_000 if to == "shards" else None
+    kind = "torch_legacy" if to == "legacy" else None
+    with pytest.warns(UserWarning, match="attributes of tensors are left out") as caught:
+        holdfast.convert(tmp_path / "a.pth", target, kind, max_shard_size=shard)
+    assert len(caught) == 1
+    assert str(caught[0].message).endswith(
+        "'tensor_model_parallel', 'partition_dim', 'scale', 'tag'"
+    )
+
+    found = holdfast.load(target)
+    assert found["epoch"] == 3 and list(found["model"]) == ["w", "frozen"]
+    assert type(found["model"]["w"]) is torch.nn.Parameter and found["model"]["w"].requires_grad
+    assert type(found["model"]["frozen"]) is torch.nn.Parameter
+    assert not found["model"]["frozen"].requires_grad
+    assert torch.equal(found["model"]["w"], net.w)
+    assert found["more"][0].tolist() == [1, 2] and found["more"][1].requires_grad
+    assert not any(vars(tensor) for tensor in (*found["model"].values(), *found["more"]))
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "Buffer"), reason="this torch has no nn.Buffer")
+def test_a_buffer_is_a_tensor(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    torch.save({"b": torch.nn.Buffer(torch.ones(2)), "n": 1}, tmp_path / "a.pth")
+    holdfast.convert(tmp_path / "a.pth", tmp_path / "a.st")
+    assert not recwarn.list
+    found = holdfast.load(tmp_path / "a.st")
+    assert found["n"] == 1 and found["b"].tolist() == [1, 1]
+
+
+def test_tensors_with_attributes_that_lie_alike(tmp_path: Path) -> None:
+    """Of views of one storage each is found by where it lies."""
+    base = torch.arange(12.0)
+    views = [base[:6], base[6:], base[:6].view(2, 3), base[0:6:2], base]
+    for view in views:
+        view.tag = 1
+    torch.save(views, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="'tag'"):
+        holdfast.convert(tmp_path / "a.pth", tmp_path / "b.pt")
+    found = holdfast.load(tmp_path / "b.pt")
+    assert all(torch.equal(a, b) for a, b in zip(found, views, strict=True))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("to", ["safetensors", "pt"])
+@pytest.mark.parametrize("kind", ["coo", "csr"])
+def test_sparse_tensors_are_their_parts(kind: str, to: str, tmp_path: Path) -> None:
+    eye = torch.eye(3) * 5
+    sparse = eye.to_sparse() if kind == "coo" else eye.to_sparse_csr()
+    torch.save({"s": sparse, "w": torch.ones(2), "epoch": 3}, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="a flat dict of its tensors"):
+        holdfast.convert(tmp_path / "a.pth", tmp_path / f"b.{to}")
+    found = holdfast.load(tmp_path / f"b.{to}")
+    assert "s.values" in found and found["s.values"].tolist() == [5, 5, 5]
+    assert found["w"].tolist() == [1, 1] and "epoch" not in found
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions")
+def test_nothing_is_lost_without_a_name(tmp_path: Path) -> None:
+    quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    for name, value in {"q": quantized, "s": torch.ones(2).untyped_storage()}.items():
+        torch.save({name: value, "w": torch.ones(2)}, tmp_path / "a.pth")
+        for to in ("b.st", "b.pt"):
+            with pytest.raises(TypeError, match="of no plain tensor.*load and save it"):
+                holdfast.convert(tmp_path / "a.pth", tmp_path / to)
+            assert not (tmp_path / to).exists()

@@ -16,7 +16,8 @@ from holdfast import _engine
 from holdfast.dtypes import BY_NAME, DType
 
 TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS / "conformance")]
+sys.path.append(str(TESTS))
+sys.path.append(str(TESTS / "conformance"))
 
 from test_adapters import AdapterSuite, batch_of, stored_bytes
 
