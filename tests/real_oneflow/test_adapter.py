@@ -15,9 +15,8 @@ import pytest
 from holdfast import _engine
 from holdfast.dtypes import BY_NAME, DType
 
-TESTS = Path(__file__).parents[1]
-sys.path.append(str(TESTS))
-sys.path.append(str(TESTS / "conformance"))
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "conformance"))
 
 from test_adapters import AdapterSuite, batch_of, stored_bytes
 
