@@ -125,7 +125,7 @@ def save(
             threads=_threads(threads),
             progress=progress,
             max_shard_size=max_shard_size,
-            staging=staging,
+            staging=_staging(staging),
         ),
     )
 
@@ -241,7 +241,7 @@ def load(
             dequantize=dequantize,
             threads=_threads(threads),
             progress=progress,
-            staging=staging,
+            staging=_staging(staging),
             trust=Trust(weights_only=weights_only, safe_globals=tuple(safe_globals)),
         ),
     )
@@ -370,7 +370,7 @@ def open(
     from .checkpoint import open_checkpoint
 
     return open_checkpoint(
-        f, framework, _threads(threads), strict, dequantize, map_location, staging
+        f, framework, _threads(threads), strict, dequantize, map_location, _staging(staging)
     )
 
 
@@ -444,7 +444,7 @@ def load_into(
         rename=rename,
         dequantize=dequantize,
         threads=_threads(threads),
-        staging=staging,
+        staging=_staging(staging),
     )
 
 
@@ -470,6 +470,13 @@ def verify(f: FileLike, *, threads: int | None = None) -> holdfast.Report:
     from .verification import verify_file
 
     return verify_file(f, threads=_threads(threads))
+
+
+def _staging(staging: holdfast.Staging | None) -> holdfast.Staging | None:
+    """`staging`, if it is that or nothing."""
+    if staging is not None and not isinstance(staging, holdfast.Staging):
+        raise TypeError(f"staging must be a Staging or None, not {type(staging).__name__}")
+    return staging
 
 
 def _threads(threads: int | None) -> int:

@@ -135,6 +135,16 @@ def test_errors_of_a_callable_come_through(impl: Any, zipped: bool, kind: type[E
     assert caught.value is mine
 
 
+@pytest.mark.parametrize("wrong", [5, "cpu", torch.ones(3)])
+def test_a_callable_gives_a_storage(wrong: Any, zipped: bool, impl: Any) -> None:
+    file = saved(impl, torch.ones(3), _use_new_zipfile_serialization=zipped)
+    with pytest.raises((TypeError, AttributeError)) as caught:
+        impl.load(file, map_location=lambda storage, tag: wrong)
+    if impl.name == "holdfast":
+        text = f"map_location returned a {type(wrong).__name__} for a storage on 'cpu'"
+        assert text in str(caught.value)
+
+
 def test_a_device_that_is_not_there_names_the_file(zipped: bool, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has the device")
@@ -201,6 +211,18 @@ def test_under_a_fake_mode(pair: Any) -> None:
         assert type(got[name]) is FakeTensor
         assert got[name].shape == state[name].shape
         assert got[name].untyped_storage()._checkpoint_offset == offset
+        if hasattr(torch._utils, "_restore_device_fake_mode"):  # from 2.5 on
+            assert got[name].device.type == "cpu"
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse:UserWarning")
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "sparse_csc"])
+def test_sparse_tensors_without_data(pair: Any, layout: str, zipped: bool) -> None:
+    made = torch.eye(3).to_sparse(layout=getattr(torch, layout))
+    file = saved(pair, {"s": made, "w": torch.ones(2)}, _use_new_zipfile_serialization=zipped)
+    got = pair.load(file, map_location="meta")
+    assert got["s"].device.type == "meta" and got["s"].layout is made.layout
+    assert got["s"].shape == made.shape and got["s"].values().shape == (3,)
 
 
 def test_loading_without_data(pair: Any, zipped: bool) -> None:

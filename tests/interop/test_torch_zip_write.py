@@ -317,6 +317,14 @@ def test_types_that_share_memory_are_refused_as_torch_does() -> None:
     }
 
 
+@pytest.mark.skipif(not hasattr(torch, "uint3"), reason="this torch has no such type")
+def test_types_that_torch_has_and_cannot_save() -> None:
+    with pytest.raises(KeyError, match="uint3 is not recognized"):
+        theirs({"x": torch.empty(4, dtype=torch.uint3)})
+    with pytest.raises(TypeError, match=r"\['x'\].*torch.uint3 is one that torch.save cannot hold"):
+        pickle_object({"x": torch.empty(4, dtype=torch.uint3)})
+
+
 def test_hooks_are_warned_of() -> None:
     x = torch.ones(2, requires_grad=True)
     x.register_hook(lambda grad: grad)

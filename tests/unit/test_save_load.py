@@ -257,6 +257,12 @@ def test_bad_arguments(tmp_path: Path) -> None:
     for bad in (0, -1):
         with pytest.raises(ValueError, match="threads"):
             holdfast.save({}, path, threads=bad)
+    for call in (holdfast.save, holdfast.load_into):
+        with pytest.raises(TypeError, match="staging must be a Staging or None, not int"):
+            call({}, path, staging=5)  # type: ignore[operator]
+    for call in (holdfast.load, holdfast.open):
+        with pytest.raises(TypeError, match="staging must be a Staging or None, not int"):
+            call(path, staging=5)  # type: ignore[operator]
     with pytest.raises(TypeError, match="path or a binary file object"):
         holdfast.save({}, 7)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="text file object"):

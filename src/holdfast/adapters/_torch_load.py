@@ -82,7 +82,14 @@ def restore(storage: Any, tag: str, location: Any) -> Any:
     if isinstance(location, str | torch.device):
         return default(storage, str(location))
     found = location(storage, tag)
-    return default(storage, tag) if found is None else found
+    if found is None:
+        return default(storage, tag)
+    if not torch.is_storage(found):
+        raise TypeError(
+            f"map_location returned a {type(found).__name__} for a storage on {tag!r}; expected a "
+            "storage, or None"
+        )
+    return found
 
 
 def view(
@@ -95,13 +102,17 @@ def view(
     flags: int,
 ) -> torch.Tensor:
     """A tensor over a part of a storage; see :meth:`holdfast.adapters.base.Adapter.view`."""
-    if _fake():
+    fake = _fake()
+    if fake:
         tensor = torch.empty(0, dtype=dtype, device=handle.device)
     else:  # of some dtypes torch.empty warns that they are experimental
         tensor = torch.empty(0, dtype=torch.uint8, device=handle.device).view(dtype)
     size = row.itemsize
     steps = [step // size for step in strides or dense_strides(shape, size)]
     tensor.set_(handle, offset // size, shape, steps)
+    on_device: Any = getattr(torch._utils, "_restore_device_fake_mode", None)
+    if fake and on_device is not None:
+        tensor = on_device(tensor)  # where the storage says it would be: from 2.5 on
     if flags & CONJUGATE:
         tensor = tensor.conj()
     if flags & NEGATIVE:

@@ -159,10 +159,24 @@ def _coo(data: tuple[Any, ...]) -> torch.Tensor:
         raise ValueError("as many values as indices are expected")
     if indices.shape[0] + values.dim() - 1 != len(size):
         raise ValueError(f"{len(size)} extents for {indices.shape[0]} + {values.dim() - 1}")
-    if values.is_meta or indices.is_meta:
-        raise ValueError("a sparse tensor without values")
     if tuple(values.shape[1:]) != size[indices.shape[0] :]:
         raise ValueError("values of another shape than the dense extents")
+    if not _without_values(indices, values):
+        _check_indices(indices, size, bool(coalesced))
+    made: torch.Tensor = _unchecked(torch.sparse_coo_tensor, indices, values, size)
+    return made._coalesced_(coalesced) if coalesced is not None else made
+
+
+def _without_values(*parts: torch.Tensor) -> bool:
+    """Whether the parts of a sparse tensor are on the device ``"meta"``: all of them or none."""
+    bare = [part.is_meta for part in parts]
+    if any(bare) and not all(bare):
+        raise ValueError("a sparse tensor of which only some parts have values")
+    return all(bare)
+
+
+def _check_indices(indices: torch.Tensor, size: tuple[int, ...], coalesced: bool) -> None:
+    """Raise ValueError for indices of a sparse tensor that are outside of it, or out of order."""
     if indices.numel():
         least, most = indices.amin(1).tolist(), indices.amax(1).tolist()
         for low, high, extent in zip(least, most, size, strict=False):
@@ -170,8 +184,6 @@ def _coo(data: tuple[Any, ...]) -> torch.Tensor:
                 raise ValueError(f"index {low if low < 0 else high} of an extent of {extent}")
     if coalesced:
         _ascending(indices)
-    made: torch.Tensor = _unchecked(torch.sparse_coo_tensor, indices, values, size)
-    return made._coalesced_(coalesced) if coalesced is not None else made
 
 
 def _ascending(indices: torch.Tensor) -> None:
@@ -192,13 +204,12 @@ def _compressed(layout: torch.layout, data: tuple[Any, ...]) -> torch.Tensor:
     plain = _dense(data[1], "plain indices", integer=True)
     values = _dense(data[2], "values")
     size = _extents(data[3])
-    if values.is_meta or compressed.is_meta or plain.is_meta:
-        raise ValueError("a sparse tensor without values")
-    check = torch._validate_sparse_compressed_tensor_args
-    try:  # asking whether memory is pinned would wake up a GPU
-        check(compressed, plain, values, size, layout, check_pinning=False)
-    except TypeError:
-        check(compressed, plain, values, size, layout)
+    if not _without_values(compressed, plain, values):
+        check = torch._validate_sparse_compressed_tensor_args
+        try:  # asking whether memory is pinned would wake up a GPU
+            check(compressed, plain, values, size, layout, check_pinning=False)
+        except TypeError:
+            check(compressed, plain, values, size, layout)
     made: torch.Tensor = _unchecked(
         torch.sparse_compressed_tensor, compressed, plain, values, size, layout=layout
     )

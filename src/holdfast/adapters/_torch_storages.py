@@ -70,7 +70,13 @@ class TorchStorages(Places):
         if self._legacy and isinstance(obj, type) and issubclass(obj, torch.nn.Module):
             return self._module_class(obj)
         if isinstance(obj, _Typed):
-            storage, dtype, count = _bytes_of(obj), obj.dtype, obj._size()
+            storage, dtype = _bytes_of(obj), obj.dtype
+            try:
+                count = obj._size()
+            except TypeError:
+                raise TypeError(
+                    f"dtype {dtype} is one that torch.save cannot hold; save x.view(torch.uint8)"
+                ) from None
             kind = getattr(torch, obj._pickle_storage_type())
         elif isinstance(obj, _Untyped):
             storage, dtype, count = obj, torch.uint8, obj.nbytes()
