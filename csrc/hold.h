@@ -188,6 +188,11 @@ typedef int (*hold_progress)(void *context, uint64_t done);
 #define HOLD_DIRECT_ALWAYS 1
 #define HOLD_DIRECT_FASTER 2 /* whichever way turns out to be faster, tried as it goes on */
 
+/* Whether to bring files into the page cache, of which at least half is missing there. */
+#define HOLD_FILL_NEVER 0
+#define HOLD_FILL_AGAIN 1 /* ... that are loaded again, each by one call */
+#define HOLD_FILL_NOW 2
+
 typedef struct hold_options {
     int threads;            /* workers; 0: the engine chooses */
     bool checksum;          /* fill in segment.crc */
@@ -195,7 +200,7 @@ typedef struct hold_options {
     double enough;          /* ... FASTER: bytes a second through the page cache that make it
                              * needless to try past it; 0: both ways are tried in any case */
     uint64_t size;          /* write: of the file once all of it is written; 0: not known */
-    bool fill;              /* read: bring files into the page cache that are loaded again */
+    int fill;               /* read: HOLD_FILL_* */
     hold_progress progress; /* may be NULL */
     void *context;
 } hold_options;
@@ -225,16 +230,29 @@ int hold_write(int fd, hold_segment *segments, size_t n, const hold_options *opt
  * call, the rest is read past it, with O_DIRECT, by a second descriptor that the call opens
  * through /proc/self/fd and closes: straight to where the bytes belong where memory and offset are
  * aligned alike (page-aligned memory for page-aligned offsets always is), else through a worker's
- * buffer. So reading a cold file leaves the page cache as it was. With options->fill, and where at
- * least half of a file goes to memory, that is so for the first time; the second time brings the
- * file into the page cache (uncached.h says how that is told). Everything goes through the page
- * cache, with its readahead, where that cannot be had: where neither cachestat(2) nor mincore(2)
- * tells what is cached (many kernels tell it only to those who own or may write the file), where
- * there is no /proc, and on file systems that neither say what O_DIRECT asks of a file (statx) nor
- * are ext4, XFS or btrfs: NFS, FUSE, tmpfs.
+ * buffer. So reading a cold file leaves the page cache as it was. With HOLD_FILL_AGAIN, and where
+ * at least half of a file goes to memory, that is so for the first time; the second time brings the
+ * file into the page cache (uncached.h says how that is told). Who loads a file by several calls
+ * asks hold_load_look() before, and calls hold_load_mark() after them. Everything goes through the
+ * page cache, with its readahead, where that cannot be had: where neither cachestat(2) nor
+ * mincore(2) tells what is cached (many kernels tell it only to those who own or may write the
+ * file), where there is no /proc, and on file systems that neither say what O_DIRECT asks of a file
+ * (statx) nor are ext4, XFS or btrfs: NFS, FUSE, tmpfs.
  */
 int hold_read(const int *fds, size_t nfds, hold_segment *segments, size_t n,
               const hold_options *options, hold_report *report);
+
+/* Smaller files bear no mark. */
+#define HOLD_MARK_LEAST ((uint64_t)8 << 20)
+
+/*
+ * Of a file of which so many bytes are going to be loaded, in several calls: 1 if it was loaded
+ * before, as the page cache remembers; 0 if not, so that it is to be marked afterwards; -ENODATA
+ * where there is no use in either: most of it is in the page cache, or little of it is wanted, or
+ * it is small, or what is cached cannot be told. Or another -errno.
+ */
+int hold_load_look(int fd, uint64_t nbytes);
+int hold_load_mark(int fd);
 
 /*
  * Fill in the crc of segments, sorted by offset and without overlap, from where they are in memory;

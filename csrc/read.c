@@ -320,7 +320,7 @@ int hold_read(const int *fds, size_t nfds, hold_segment *segments, size_t n,
         hold_origins_begin(&r.origins, fds, nfds);
     for (size_t i = 0; r.origins.files && i < n; i++)
         hold_origins_want(&r.origins, segments[i].file, segments[i].nbytes,
-                          options->fill && segments[i].data);
+                          segments[i].data != NULL, options->fill);
     r.job = (hold_job){.task = get_chunk, .context = &r, .options = options};
     r.job.buffer_nbytes = r.step + (r.origins.files ? 2 * HOLD_UNCACHED_ALIGN_MAX : 0);
     rc = hold_job_run(&r.job, 0, r.plan.n,

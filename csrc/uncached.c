@@ -11,7 +11,6 @@
 #define ALIGN_UNSAID 4096u /* what any device takes */
 #define MINCORE_PAGES 512  /* asked about at a time */
 #define MARK_ALONE ((uint64_t)64 << 10) /* nothing else is cached so far to each side of a mark */
-#define MARK_MIN ((uint64_t)8 << 20)    /* smaller files have none */
 #define FOLIO ((uint64_t)2 << 20)
 
 /* File systems known to read directly, for kernels that do not say what it asks of a file. */
@@ -31,12 +30,14 @@ void hold_origins_begin(hold_origins *self, const int *fds, size_t n)
         self->files[i] = (hold_origin){.fd = fds[i], .direct = -1};
 }
 
-void hold_origins_want(hold_origins *self, uint32_t file, uint64_t nbytes, bool loading)
+void hold_origins_want(hold_origins *self, uint32_t file, uint64_t nbytes, bool to_memory,
+                       int fill)
 {
     if (!self->files)
         return;
     self->files[file].wanted += nbytes;
-    self->loading |= loading;
+    self->loading |= to_memory && fill == HOLD_FILL_AGAIN;
+    self->now |= fill == HOLD_FILL_NOW;
 }
 
 void hold_origins_end(hold_origins *self)
@@ -138,15 +139,58 @@ static uint64_t count(const hold_origin *o, uint64_t begin, uint64_t end)
     return HOLD_RETRY(hold_sys_cachestat(o->fd, begin, end - begin, &found)) < 0 ? 0 : found;
 }
 
-/*
- * Whether the page of the mark is cached and none beside it: nothing else leaves one alone. And
- * whether the call that asks reads most of the file.
- */
-static bool is_marked(const hold_origins *self, const hold_origin *o)
+/* Whether a file may bear a mark that is read so far. */
+static bool is_load(const hold_origin *o)
+{
+    return o->nbytes >= HOLD_MARK_LEAST && o->wanted >= o->nbytes / 2;
+}
+
+/* Whether the page of the mark is cached and none beside it: nothing else leaves one alone. */
+static bool is_marked(const hold_origin *o)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), at = mark_at(o);
-    return self->loading && o->nbytes >= MARK_MIN && o->wanted >= o->nbytes / 2 &&
-           count(o, at, at + page) == 1 && count(o, at - MARK_ALONE, at + MARK_ALONE) == 1;
+    return count(o, at, at + page) == 1 && count(o, at - MARK_ALONE, at + MARK_ALONE) == 1;
+}
+
+/* One page, without those around it, which to read would bring in as well. */
+static int mark(const hold_origin *o)
+{
+    return HOLD_RETRY(hold_sys_fadvise(o->fd, (off_t)mark_at(o), (off_t)sysconf(_SC_PAGESIZE),
+                                       POSIX_FADV_WILLNEED));
+}
+
+/* The size of the file; 0 or -errno, -ENODATA for one that bears no mark. */
+static int look(hold_origin *o)
+{
+    struct stat st;
+    const int rc = HOLD_RETRY(hold_sys_fstat(o->fd, &st));
+    if (rc < 0)
+        return rc;
+    o->nbytes = S_ISREG(st.st_mode) ? (uint64_t)st.st_size : 0;
+    return o->nbytes >= HOLD_MARK_LEAST ? 0 : -ENODATA;
+}
+
+int hold_load_look(int fd, uint64_t nbytes)
+{
+    hold_origin o = {.fd = fd, .wanted = nbytes};
+    uint64_t found;
+    int rc = look(&o);
+    if (rc == 0 && !is_load(&o))
+        rc = -ENODATA;
+    if (rc == 0)
+        rc = HOLD_RETRY(hold_sys_cachestat(fd, 0, o.nbytes, &found));
+    if (rc < 0)
+        return rc == -ENOSYS || rc == -EPERM || rc == -EOPNOTSUPP ? -ENODATA : rc;
+    if (found > o.nbytes / 2 / (uint64_t)sysconf(_SC_PAGESIZE))
+        return -ENODATA;
+    return is_marked(&o);
+}
+
+int hold_load_mark(int fd)
+{
+    hold_origin o = {.fd = fd};
+    const int rc = look(&o);
+    return rc < 0 ? rc : mark(&o);
 }
 
 /* ---- the second descriptor ---------------------------------------------------------------- */
@@ -188,7 +232,8 @@ static bool open_direct(hold_origins *self, hold_origin *o)
             char path[32];
             snprintf(path, sizeof path, "/proc/self/fd/%d", o->fd);
             bool usable = ask_alignment(o);
-            atomic_store(&o->again, usable && is_marked(self, o));
+            atomic_store(&o->again, usable && (self->now || (self->loading && is_load(o) &&
+                                                             is_marked(o))));
             if (usable && !atomic_load(&o->again))
                 o->direct = HOLD_RETRY(hold_sys_openat(AT_FDCWD, path, O_RDONLY | O_DIRECT, 0));
             if (o->direct < 0)
@@ -242,10 +287,8 @@ void hold_origins_mark(hold_origins *self)
 {
     for (size_t i = 0; self->files && self->loading && i < self->n; i++) {
         hold_origin *o = &self->files[i];
-        if (o->nbytes >= MARK_MIN && atomic_load(&o->passed) >= o->nbytes / 2)
-            /* One page, without those around it, which to read would bring in as well. */
-            (void)HOLD_RETRY(hold_sys_fadvise(o->fd, (off_t)mark_at(o),
-                                              (off_t)sysconf(_SC_PAGESIZE), POSIX_FADV_WILLNEED));
+        if (o->nbytes >= HOLD_MARK_LEAST && atomic_load(&o->passed) >= o->nbytes / 2)
+            (void)mark(o);
     }
 }
 

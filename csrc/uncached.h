@@ -46,14 +46,16 @@ typedef struct hold_origins {
     hold_origin *files; /* NULL: everything through the page cache */
     size_t n;
     bool loading; /* marks are looked for, and left */
+    bool now;     /* what is missing is brought into the cache, whatever marks say */
     pthread_mutex_t lock; /* one at a time opens and maps */
 } hold_origins;
 
 /* Begin with n files. Where there is no memory, everything goes through the page cache. */
 void hold_origins_begin(hold_origins *self, const int *fds, size_t n);
-/* So many bytes of the file will be read; `loading`: it may be marked. To be called before others
- * ask. */
-void hold_origins_want(hold_origins *self, uint32_t file, uint64_t nbytes, bool loading);
+/* So many bytes of the file will be read to memory, or for their checksum alone; `fill` is a
+ * HOLD_FILL_*. To be called before others ask. */
+void hold_origins_want(hold_origins *self, uint32_t file, uint64_t nbytes, bool to_memory,
+                       int fill);
 /* Close and unmap what was opened; the fds are the caller's. */
 void hold_origins_end(hold_origins *self);
 

@@ -51,6 +51,14 @@ def write(
     progress: Callable[[int], object] | None = None,
     filename: object = None,
 ) -> bool: ...
+
+FILL_NEVER: int
+FILL_AGAIN: int
+FILL_NOW: int
+MARK_LEAST: int
+
+def loaded_before(fd: int, nbytes: int) -> bool | None: ...
+def mark_loaded(fd: int) -> None: ...
 def read(
     fds: Sequence[int],
     segments: np.ndarray[Any, Any],
@@ -58,7 +66,7 @@ def read(
     layouts: Sequence[Layout] | None = None,
     threads: int = 0,
     checksum: bool = True,
-    fill: bool = False,
+    fill: int = ...,
     progress: Callable[[int], object] | None = None,
     filenames: Sequence[object] | None = None,
 ) -> None: ...

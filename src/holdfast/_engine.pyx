@@ -64,7 +64,7 @@ cdef extern from "hold.h" nogil:
         int direct
         double enough
         uint64_t size
-        bint fill
+        int fill
         hold_progress progress
         void *context
 
@@ -78,6 +78,12 @@ cdef extern from "hold.h" nogil:
                    hold_report *report)
     int hold_checksum(hold_segment *segments, size_t n, const hold_options *options,
                       hold_report *report)
+    int HOLD_FILL_NEVER
+    int HOLD_FILL_AGAIN
+    int HOLD_FILL_NOW
+    uint64_t HOLD_MARK_LEAST
+    int hold_load_look(int fd, uint64_t nbytes)
+    int hold_load_mark(int fd)
     int hold_read(const int *fds, size_t nfds, hold_segment *segments, size_t n,
                   const hold_options *options, hold_report *report)
 
@@ -303,12 +309,39 @@ def write(int fd, segments, *, layouts=None, int threads=0, bint checksum=True, 
     return report.direct
 
 
-def read(fds, segments, *, layouts=None, int threads=0, bint checksum=True, bint fill=False,
-         progress=None, filenames=None):
-    """Read segments of one or several files.
+#: Whether what is read is brought into the page cache: never; of files that are loaded a second
+#: time, each by one call; always.
+FILL_NEVER, FILL_AGAIN, FILL_NOW = HOLD_FILL_NEVER, HOLD_FILL_AGAIN, HOLD_FILL_NOW
+#: Of smaller files it is not known whether they were loaded before.
+MARK_LEAST = HOLD_MARK_LEAST
 
-    `fill`: a file that is loaded a second time is brought into the page cache.
+
+def loaded_before(int fd, uint64_t nbytes):
+    """Whether a file was loaded before of which so many bytes will be, in several calls.
+
+    None where there is no use in knowing: most of it is in the page cache, or little is wanted.
     """
+    cdef int rc
+    with nogil:
+        rc = hold_load_look(fd, nbytes)
+    if rc == -errno.ENODATA:
+        return None
+    if rc < 0:
+        check(rc)
+    return rc == 1
+
+
+def mark_loaded(int fd):
+    """Have it known the next time that a file was loaded, of which that was not known."""
+    cdef int rc
+    with nogil:
+        rc = hold_load_mark(fd)
+    check(rc)
+
+
+def read(fds, segments, *, layouts=None, int threads=0, bint checksum=True, int fill=HOLD_FILL_NEVER,
+         progress=None, filenames=None):
+    """Read segments of one or several files."""
     cdef Segments rows = Segments(segments, layouts)
     cdef Caller caller = Caller()
     cdef hold_report report

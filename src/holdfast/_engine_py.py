@@ -206,7 +206,7 @@ def read(
     layouts: Sequence[Layout] | None = None,
     threads: int = 0,  # noqa: ARG001 - the signature of the C engine
     checksum: bool = True,
-    fill: bool = False,  # noqa: ARG001
+    fill: int = 0,  # noqa: ARG001
     progress: Progress = None,
     filenames: Sequence[object] | None = None,
 ) -> None:

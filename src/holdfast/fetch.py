@@ -343,7 +343,7 @@ def move(
             work,
             layouts=layouts,
             checksum=verify,
-            fill=ahead.has_room(work),
+            fill=_engine.FILL_AGAIN if ahead.has_room(work) else _engine.FILL_NEVER,
             threads=threads,
             progress=progress,
         )

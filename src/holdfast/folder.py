@@ -277,13 +277,13 @@ class FolderSource:
         *,
         layouts: Sequence[_engine.Layout] | None = None,
         checksum: bool,
-        fill: bool = False,
+        fill: int = _engine.FILL_NEVER,
         threads: int = 0,
         progress: Callable[[int], object] | None = None,
     ) -> None:
         """Read `segments`, which are in the order of the files, to their places in memory.
 
-        With `fill`, files that are loaded a second time are brought into the page cache.
+        `fill` says whether files are brought into the page cache, as for ``_engine.read``.
         """
         done = 0
         plain = np.ones(len(segments), bool)

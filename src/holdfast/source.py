@@ -186,13 +186,13 @@ class Source:
         *,
         layouts: Sequence[_engine.Layout] | None = None,
         checksum: bool,
-        fill: bool = False,
+        fill: int = _engine.FILL_NEVER,
         threads: int = 0,
         progress: Callable[[int], object] | None = None,
     ) -> None:
         """Read `segments`, which are in the order of the file, to their places in memory.
 
-        With `fill`, a file that is loaded a second time is brought into the page cache.
+        `fill` says whether the file is brought into the page cache, as for ``_engine.read``.
         """
         if self.fd >= 0:
             _engine.read(

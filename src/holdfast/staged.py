@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import staging
+from . import _engine, staging
 from .booleans import settle_bytes
 from .folder import Origin
+from .marks import Load
 from .source import Source
 
 if TYPE_CHECKING:
@@ -45,16 +46,35 @@ def move_staged(
 
     See :func:`holdfast.fetch.move`.
     """
+    load = Load(source, segments) if source.mappable else None
+    fill = _engine.FILL_NEVER if load is None else load.fill
+    move = bind(source.move, checksum=verify, fill=fill)
+    _move_parts(source, move, segments, devices, booleans, settings, verify, threads, progress)
+    if load is not None:
+        load.done()
+
+
+def _move_parts(
+    source: Origin,
+    move: Callable[..., None],
+    segments: np.ndarray,
+    devices: np.ndarray,
+    booleans: np.ndarray | None,
+    settings: Staging | None,
+    verify: bool,
+    threads: int,
+    progress: Progress | None,
+) -> None:
     several = (
         not (isinstance(source, Source) and source.fd < 0)  # a file object stands at one place
         and threads != 1
         and int(segments["nbytes"][devices != 0].sum()) >= FILLERS_FROM
     )
+    threads = -(-threads // FILLERS) if several else threads
     done = 0
 
     def fill(part: Part, report: Progress | None = None) -> None:
-        each = -(-threads // FILLERS) if several else threads
-        source.move(part.segments, checksum=verify, threads=each, progress=report)
+        move(part.segments, threads=threads, progress=report)
         if booleans is not None:
             for i in np.flatnonzero(booleans[part.rows]).tolist():
                 settle_bytes(int(part.segments["address"][i]), int(part.segments["nbytes"][i]))

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import device_arrays
 import holdfast
+from device_arrays import put
 from holdfast import _engine, ahead
 from holdfast.errors import FormatError
 from holdfast.layout import SEGMENT
@@ -57,7 +59,13 @@ def read(path: Path, nbytes: int = SIZE, threads: int = 0) -> None:
     segment = np.zeros(1, SEGMENT)
     segment["nbytes"], segment["address"] = nbytes, memory.ctypes.data
     with path.open("rb") as f:
-        _engine.read([f.fileno()], segment, threads=threads, fill=True, filenames=[str(path)])
+        _engine.read(
+            [f.fileno()],
+            segment,
+            threads=threads,
+            fill=_engine.FILL_AGAIN,
+            filenames=[str(path)],
+        )
     assert np.array_equal(memory, NOISE[:nbytes])
     assert segment["crc"][0] == zlib.crc32(memory)
 
@@ -172,6 +180,57 @@ def test_loads(cold: Path, monkeypatch: pytest.MonkeyPatch, room: bool, shard: i
         assert all(warm)
     else:
         assert all(resident(file) < MIB for file in files)
+
+
+@pytest.mark.parametrize("shard", [None, 40 * MIB])
+@pytest.mark.parametrize("room", [True, False])
+def test_loads_to_a_device(
+    cold: Path, monkeypatch: pytest.MonkeyPatch, room: bool, shard: int | None
+) -> None:
+    """Of which each takes several calls of the engine, one for each part that is on its way."""
+    path = cold.with_name("ckpt")
+    saved = {name: np.roll(np.resize(NOISE, 33 * MIB), i) for i, name in enumerate("xyz")}
+    holdfast.save(saved, path, max_shard_size=shard)
+    files = sorted(path.glob("*.safetensors")) if shard else [path]
+    for file in files:
+        drop(file)
+    monkeypatch.setattr(ahead, "FILL_MOST", 99 * MIB - (not room))
+    with device_arrays.installed(monkeypatch):
+        for k in range(15 if room else 3):
+            target = {name: put(np.zeros_like(value)) for name, value in saved.items()}
+            holdfast.load_into(target, path)
+            assert all((target[name].get() == value).all() for name, value in saved.items())
+            found = [resident(file) for file in files]
+            if k == 0:  # past the cache, but for the last part, and a mark is left
+                assert all(nbytes < 8 * MIB for nbytes in found)
+            if not any(file.stat().st_size - n for file, n in zip(files, found, strict=True)):
+                break
+            time.sleep(0.05)
+    if room:
+        assert found == [file.stat().st_size for file in files]
+        assert k > 0
+    else:
+        assert all(nbytes < 8 * MIB for nbytes in found)
+
+
+def test_what_is_known_of_a_load(cold: Path) -> None:
+    with cold.open("rb") as f:
+        assert _engine.loaded_before(f.fileno(), SIZE) is False
+        assert _engine.loaded_before(f.fileno(), SIZE // 3) is None  # a part
+        _engine.mark_loaded(f.fileno())
+        assert holds(cold, PAGE)
+        assert _engine.loaded_before(f.fileno(), SIZE) is True
+        os.pread(f.fileno(), SIZE, 0)
+        assert _engine.loaded_before(f.fileno(), SIZE) is None  # warm
+        _engine.fault_ban("cachestat", errno.ENOSYS)
+        assert _engine.loaded_before(f.fileno(), SIZE) is None
+    small = cold.with_name("small")
+    small.write_bytes(b"x" * MIB)
+    with small.open("rb") as f:
+        assert _engine.loaded_before(f.fileno(), MIB) is None
+        with pytest.raises(OSError) as caught:
+            _engine.mark_loaded(f.fileno())
+        assert caught.value.errno == errno.ENODATA
 
 
 @pytest.mark.usefixtures("nothing_kept")
