@@ -271,8 +271,8 @@ static int take_free_name(hold_folder *self)
         self->temp[0] = '\0';
     if (rc != -ENOTEMPTY && rc != -EEXIST)
         return rc;
-    /* What came since it was looked at has yet to be asked about. */
-    return self->exact ? 1 : -EEXIST;
+    /* What came since it was looked at, folder or file, has yet to be asked about. */
+    return self->exact && (self->old_fd == -ENOENT || check_empty(self) == -EEXIST) ? 1 : -EEXIST;
 }
 
 /* Two renames, where no call exchanges two folders. */
@@ -427,8 +427,8 @@ static int place_folder(hold_folder *self, bool durable)
             break;
     }
     /* What was looked at may have been removed since. */
-    if (rc == -ENOENT && self->exact &&
-        hold_place_is(&self->place, self->place.name, self->old_fd) != 1)
+    if (rc == -ENOENT && self->exact && self->old_fd >= 0 &&
+        hold_place_is(&self->place, self->place.name, self->old_fd) == 0)
         return 1;
     if (rc != 0)
         return rc;

@@ -397,8 +397,9 @@ def load_into(
         Of a module, its parameters and persistent buffers, as in its ``state_dict()``. Where it, or
         a module in it, has code of its own for being loaded (hooks of ``load_state_dict``, a
         ``_load_from_state_dict``, a ``set_extra_state``), that runs: ``load_state_dict`` is called
-        with tensors that are a map of the file. It takes as long as it takes, a GPU is not filled
-        through pinned memory, and where it fails part of the module may have been filled.
+        with tensors that are a map of the file, and with what else the module's own ``state_dict``
+        has. It takes as long as it takes, a GPU is not filled through pinned memory, and where it
+        fails part of the module may have been filled.
     f : str, bytes, os.PathLike or binary file object
         As for :func:`load`.
     strict : bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -107,7 +108,8 @@ class Checkpoint(Mapping[str, Any]):
         self._plain = b""  # ... for each, 1 if it is what stands there, 2 if it is large, too
         self._asked = 0  # for so many tensors
         self._closed = False
-        self._users: set[object] = set()  # one for each thread that reads from the file
+        # One for each thread that reads from the file, with its process: a fork copies them.
+        self._users: set[tuple[int, object]] = set()
         self._ending = [self._reader.source]  # whoever takes it from here closes it
         index = self._reader.index
         self._location = location = said_of(index, location)
@@ -249,9 +251,9 @@ class Checkpoint(Mapping[str, Any]):
 
         Without a lock, that a fork or a signal could find taken: a set changes in one step.
         """
-        user = object()
-        self._users.add(user)
+        user = os.getpid(), object()
         try:
+            self._users.add(user)
             if self._closed:
                 raise ValueError(f"{self._reader.source.name}: the checkpoint is closed")
             yield
@@ -262,7 +264,8 @@ class Checkpoint(Mapping[str, Any]):
 
     def _leave(self) -> None:
         """Close the file, which is to be closed, unless a thread reads from it."""
-        if self._users or not self._ending:
+        own = os.getpid()
+        if not self._ending or any(pid == own for pid, _ in list(self._users)):
             return
         self._laid = None
         self._held.clear()

@@ -21,7 +21,7 @@ from .folder import open_origin
 from .formats import Writing
 from .layout import FOREIGN, SEGMENT, Plan, Structure
 from .maps import Maps
-from .omitting import Omitting, UntoldStorage
+from .omitting import Omitting, Storage
 from .pickling import pickle_around
 from .publish import check_target, write_out
 from .reader import Reader
@@ -160,13 +160,16 @@ class _Conversion:
         """The stand-in for a view of a storage, where an entry is that."""
         index = self.index
         if self._views is None:
-            owners, dtypes = index.storage, index.entries["dtype"]
+            assert index.storage is not None
+            owners, dtypes = index.storage.tolist(), index.entries["dtype"].tolist()
+            lazy = [0] * len(index) if index.flags is None else index.flags.tolist()
             self._views = {
-                (int(owners[row]), int(dtypes[row]), view_of(index, row)): row  # type: ignore[index]
+                (owners[row], dtypes[row], view_of(index, row)): row
                 for row in range(len(index))
+                if not lazy[row]
             }
         row = self._views.get((storage, code, view))
-        return None if row is None else self.ref(row)
+        return None if row is None else self._adapter(index.framework).ref(row, "")
 
     def _refuse_loss(self) -> None:
         """Raise TypeError where the file holds more than the tensors that have names."""
@@ -246,8 +249,8 @@ class _Plain(SafeResolver):
         return super().find(module, name)
 
 
-def _untold(row: int, code: int, *_: object) -> UntoldStorage:
-    return UntoldStorage(row, code)
+def _untold(row: int, code: int, *_: object) -> Storage:
+    return Storage(row, code)
 
 
 def convert_file(

@@ -93,22 +93,28 @@ def fill_from(
             for name, row in renamed(reader, rules).items()
             if name.startswith(prefix)
         }
-        for adapter in adapters.loaded():
-            load = adapter.own_loader(target, stored)
-            # Of what does not say its types there are no tensors but those of the target.
-            if load is not None and reader.index.guess is None:
-                given = hand_over(
-                    adapter, reader, stored, prefix, rules, dequantize=dequantize, threads=threads
-                )
-                try:
-                    return IncompatibleKeys(*load(given, strict))
-                except RuntimeError as error:
-                    raise RuntimeError(f"{reader.source.name}: {error}") from error
-        named, barred = _described(leaves)
         for name in reader.index.refused:
             new = apply(name, rules)
-            if new.startswith(prefix) and (strict or new[len(prefix) :] in named):
+            if new.startswith(prefix) and (strict or new[len(prefix) :] in leaves):
                 reader.check([name])
+        for adapter in adapters.loaded():
+            loader = adapter.own_loader(target, stored)
+            # Of what does not say its types there are no tensors but those of the target.
+            if loader is not None and reader.index.guess is None:
+                given = hand_over(
+                    loader,
+                    adapter,
+                    reader,
+                    stored,
+                    _twins(leaves, stored),
+                    prefix,
+                    rules,
+                    strict=strict,
+                    dequantize=dequantize,
+                    threads=threads,
+                )
+                return IncompatibleKeys(*given)
+        named, barred = _described(leaves)
         matches = [
             replace(target, row=stored[name]) for name, target in named.items() if name in stored
         ]
@@ -127,6 +133,16 @@ def fill_from(
             reader.index = reader.described = reader.index.guess.told(said)
         _fill(reader, matches, threads, staging)
     return keys
+
+
+def _twins(leaves: dict[str, Any], stored: Mapping[str, int]) -> dict[str, str]:
+    """Names of tensors that are not stored, and those under which the same ones are."""
+    there = {id(tensor): name for name, tensor in leaves.items() if name in stored}
+    return {
+        name: there[id(tensor)]
+        for name, tensor in leaves.items()
+        if name not in stored and id(tensor) in there
+    }
 
 
 def _last(matches: list[_Target]) -> list[_Target]:
@@ -348,7 +364,9 @@ def _copy(reader: Reader, match: _Target) -> None:
         kinds=reader.kinds,
     )
     value = made.named({"": match.row})[""]
-    match.adapter.fill(match.tensor, value.reshape(match.view.shape))
+    if (index.shape(match.row), match.view.shape) == _SCALAR:
+        value = value.reshape(())
+    match.adapter.fill(match.tensor, value)
 
 
 def _check_dtypes(reader: Reader, matches: list[_Target]) -> None:

@@ -99,6 +99,63 @@ def test_tensors_with_attributes_that_lie_alike(tmp_path: Path) -> None:
     assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 1
 
 
+def test_tensors_with_attributes_are_what_they_are(tmp_path: Path) -> None:
+    """Not what another one is that lies alike: a parameter, or one with its signs to be turned."""
+    p = torch.nn.Parameter(torch.ones(3))
+    ema, z = p.data, torch.ones(2, dtype=torch.complex64)
+    ema.tag = z.tag = 1
+    frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    torch.save({"ema": ema, "p": p, "z": z, "frozen": [frozen, frozen.data]}, tmp_path / "a.pth")
+    for to in ("b.st", "b.pt"):
+        with pytest.warns(UserWarning, match="left out: 'tag'"):
+            holdfast.convert(tmp_path / "a.pth", tmp_path / to)
+        found = holdfast.load(tmp_path / to)
+        assert type(found["ema"]) is torch.Tensor and not found["ema"].requires_grad
+        assert type(found["p"]) is torch.nn.Parameter
+
+
+@pytest.mark.filterwarnings("ignore:.*are left out")
+def test_one_that_lies_where_a_conjugated_one_does(tmp_path: Path) -> None:
+    z = torch.tensor([1 + 2j, 3 - 1j])
+    z.tag = 1
+    torch.save([z, z.detach().conj()], tmp_path / "a.pth")
+    with pytest.raises(TypeError, match=r"conjugated or negated lazily") as caught:
+        holdfast.convert(tmp_path / "a.pth", tmp_path / "b.pt")
+    assert "$[1]" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float8_e4m3fn", "bfloat16", "bool"])
+def test_attributes_of_tensors_of_any_type(dtype: str, tmp_path: Path) -> None:
+    kind = getattr(torch, dtype, None)
+    if kind is None:
+        pytest.skip(f"this torch has no {dtype}")
+    tensor = torch.arange(2).to(kind)
+    tensor.tag = 1
+    torch.save({"x": [tensor], "n": 3}, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="left out: 'tag'"):
+        holdfast.convert(tmp_path / "a.pth", tmp_path / "b.pt")
+    found = holdfast.load(tmp_path / "b.pt")
+    assert found["n"] == 3 and found["x"][0].dtype is kind
+    assert torch.equal(found["x"][0].view(torch.uint8), tensor.view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore:.*a flat dict of its tensors")
+def test_signs_that_are_to_be_turned_are_not_passed_over(tmp_path: Path) -> None:
+    z = torch.tensor([1 + 2j]).conj()
+    z.tag = 1
+    torch.save({"z": z, "n": 1}, tmp_path / "a.pth")
+    with pytest.raises(TypeError, match="conjugated or negated lazily"):
+        holdfast.convert(tmp_path / "a.pth", tmp_path / "b.st")
+
+
+def test_no_attribute_of_a_name_is_passed_over(tmp_path: Path) -> None:
+    tensor = torch.ones(2)
+    tensor.persistent = "important"
+    torch.save({"x": tensor}, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="left out: 'persistent'"):
+        holdfast.convert(tmp_path / "a.pth", tmp_path / "b.st")
+
+
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("to", ["safetensors", "pt"])
 @pytest.mark.parametrize("kind", ["coo", "csr"])

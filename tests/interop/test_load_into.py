@@ -46,6 +46,15 @@ def test_names_that_do_not_match(tmp_path: Path) -> None:
         holdfast.load_into({"a": np.zeros(5)}, tmp_path / "x", strict=False)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_dtypes_that_the_table_lacks(order: str, tmp_path: Path) -> None:
+    days = np.arange(6).astype("M8[D]").reshape(2, 3)
+    np.savez(tmp_path / "x.npz", w=np.array(days, order=order))  # type: ignore[call-overload]
+    target = {"w": np.zeros((2, 3), "M8[D]")}
+    holdfast.load_into(target, tmp_path / "x.npz")
+    assert (target["w"] == days).all()
+
+
 def test_targets_that_cannot_be_filled(tmp_path: Path) -> None:
     holdfast.save({"a": np.ones((2, 2))}, tmp_path / "x")
     frozen = np.zeros((2, 2))

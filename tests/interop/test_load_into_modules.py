@@ -100,6 +100,62 @@ def test_hooks_run(kind: str, prefix: str, tmp_path: Path) -> None:
     assert torch.equal(ours.fc.bias, theirs.fc.bias)
 
 
+class Odd:
+    """What no file may name unasked."""
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "stream safetensors", "stream pt"])
+@pytest.mark.parametrize(
+    ("wrap", "options"),
+    [
+        (lambda state: {"m": state, "other": torch.ones(9)}, {"prefix": "m."}),
+        (lambda state: {"m": state}, {"rename": {r"^m\.": ""}}),
+        (lambda state: {"m": state}, {"rename": {r"^m\.": "model."}, "prefix": "model."}),
+        (lambda state: {"m": {"n.o": state}, "m.n": 3}, {"prefix": "m.n.o."}),
+        (lambda state: [torch.ones(2), {"m": state}], {"prefix": "1.m."}),
+        (lambda state: {"m": state}, {"rename": {r"^m\.1\.scale$": "1.scale"}}),
+    ],
+)
+def test_versions_are_found(kind: str, wrap: Any, options: Any, tmp_path: Path) -> None:
+    """Where they are lost, what is up to date would be taken for old."""
+    ours = nn.Sequential(nn.ReLU(), Versioned())
+    state = nn.Sequential(nn.ReLU(), filled(Versioned())).state_dict()
+
+    holdfast.load_into(ours, saved(wrap(state), kind, tmp_path), **options)
+
+    assert ours[1].seen == [2] and ours[1].scale.tolist() == [0, 1, 2, 3]
+
+
+def test_versions_of_a_module_that_was_wrapped(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"module": nn.Sequential(nn.ReLU(), filled(Versioned()))})
+    path = saved({"model": net.state_dict()}, "pt", tmp_path)
+    for options in (
+        {"prefix": "model.module."},
+        {"prefix": "model.", "rename": {r"^model\.module\.": "model."}},
+    ):
+        ours = nn.Sequential(nn.ReLU(), Versioned())
+        holdfast.load_into(ours, path, **options)  # type: ignore[arg-type]
+        assert ours[1].seen == [2]
+
+
+def test_versions_beside_what_may_not_be_named(tmp_path: Path) -> None:
+    state = nn.Sequential(nn.ReLU(), filled(Versioned())).state_dict()
+    torch.save({"m": state, "odd": Odd()}, tmp_path / "x.pt")
+    ours = nn.Sequential(nn.ReLU(), Versioned())
+    holdfast.load_into(ours, tmp_path / "x.pt", prefix="m.")
+    assert ours[1].seen == [2]
+
+
+@pytest.mark.parametrize("notes", [5, [1], {0: 1}, {(1, 2): {}}, {"1": 7}, {"1": {}}])
+def test_notes_that_are_none(notes: Any, tmp_path: Path) -> None:
+    state = nn.Sequential(nn.ReLU(), filled(Versioned())).state_dict()
+    state._metadata = notes
+    torch.save(state, tmp_path / "x.pt")
+    ours = nn.Sequential(nn.ReLU(), Versioned())
+    holdfast.load_into(ours, tmp_path / "x.pt")
+    assert ours[1].seen == [None]
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "stream safetensors"])
 @pytest.mark.parametrize("version", [1, 2, None])
 def test_versions(kind: str, version: int | None, tmp_path: Path) -> None:
@@ -140,6 +196,119 @@ def test_extra_state(kind: str, extra: Any, tmp_path: Path) -> None:
 
     assert keys == ([], []) and ours[0].w.tolist() == [0, 1]
     assert repr(ours[0].state) == repr(extra)
+
+
+class Counting(nn.Module):  # type: ignore[misc]
+    """One that saves values that are no tensors, and lists of tensors."""
+
+    def __init__(self, step: int = 0, preds: Any = ()) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+        self.step, self.preds = step, list(preds)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}step"] = self.step
+        destination[f"{prefix}preds"] = self.preds
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        self.step = state.pop(f"{prefix}step")
+        self.preds = state.pop(f"{prefix}preds")
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "stream pt"])
+@pytest.mark.parametrize("options", [{"prefix": "m."}, {"rename": {"^m.0": "0"}}])
+def test_values_that_are_no_tensors(kind: str, options: Any, tmp_path: Path) -> None:
+    net = nn.Sequential(filled(Counting(7, [torch.ones(2), torch.zeros(3)])))
+    ours = nn.Sequential(Counting())
+    file = saved({"m": net.state_dict(), "more": 1, "0.step": [3]}, kind, tmp_path)
+
+    keys = holdfast.load_into(ours, file, **options)
+
+    assert keys == ([], []) and ours[0].w.tolist() == [0, 1]
+    assert ours[0].step == 7 and [len(tensor) for tensor in ours[0].preds] == [2, 3]
+
+
+def test_values_that_may_not_be_named_are_told(tmp_path: Path) -> None:
+    torch.save({"m": nn.Sequential(Extra(Odd())).state_dict()}, tmp_path / "x.pt")
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*_extra_state.*Odd"):
+        holdfast.load_into(nn.Sequential(Extra(None)), tmp_path / "x.pt", prefix="m.")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantized_module(tmp_path: Path) -> None:
+    nets = [
+        torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 3)), dtype=torch.qint8)
+        for _ in range(2)
+    ]
+    torch.save(nets[0].state_dict(), tmp_path / "x.pt")
+    x = torch.randn(2, 4)
+    assert not torch.equal(nets[0](x), nets[1](x))
+    assert holdfast.load_into(nets[1], tmp_path / "x.pt") == ([], [])
+    assert torch.equal(nets[0](x), nets[1](x))
+
+
+class Wrapper(nn.Module):  # type: ignore[misc]
+    """One whose state is that of another, and a count; it takes nothing else, and returns None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.step = nn.Linear(3, 2), 0
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        return {"model": self.net.state_dict(*args, **options), "step": self.step}
+
+    def load_state_dict(self, state: Any) -> None:  # type: ignore[override]
+        self.net.load_state_dict(state["model"])
+        self.step = state["step"]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_a_load_state_dict_of_its_own(kind: str, tmp_path: Path) -> None:
+    net, ours = Wrapper(), Wrapper()
+    filled(net.net)
+    net.step = 3
+    assert holdfast.load_into(ours, saved(net.state_dict(), kind, tmp_path)) == ([], [])
+    assert ours.step == 3 and torch.equal(ours.net.weight, net.net.weight)
+
+
+def test_one_that_an_instance_has(tmp_path: Path) -> None:
+    ours, seen = nn.Linear(3, 2), []
+    own = ours._load_from_state_dict
+    ours._load_from_state_dict = lambda *args: seen.append(args[1]) or own(*args)
+    holdfast.load_into(ours, saved(nn.Linear(3, 2).state_dict(), "pt", tmp_path))
+    assert seen == [""]
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_ties(hook: bool, tmp_path: Path) -> None:
+    """A name is not missing that is another one of a tensor that there is."""
+    ours = nn.ModuleDict({"e": nn.Embedding(3, 2), "h": nn.Linear(2, 3, bias=False)})
+    ours["h"].weight = ours["e"].weight
+    if hook:
+        ours.register_load_state_dict_post_hook(lambda module, keys: None)
+    path = saved({"e.weight": torch.ones(3, 2)}, "safetensors", tmp_path)
+    assert holdfast.load_into(ours, path) == ([], [])
+    assert ours["h"].weight.sum() == 6
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_cannot_be_read_is_refused(strict: bool, tmp_path: Path) -> None:
+    odd = np.array([{}, None], object)
+    np.savez(tmp_path / "x.npz", **{"fc.weight": np.ones((2, 3), "f4"), "fc.bias": odd})
+    with pytest.raises(holdfast.FormatError, match="Python objects"):
+        holdfast.load_into(Hooked(), tmp_path / "x.npz", strict=strict)
+
+
+def test_errors_of_hooks_are_what_they_are(tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise NotImplementedError("mine")  # which is a RuntimeError
+
+    ours = nn.Linear(3, 2)
+    ours._register_load_state_dict_pre_hook(fail)
+    with pytest.raises(NotImplementedError, match="^mine$"):
+        holdfast.load_into(ours, saved(nn.Linear(3, 2).state_dict(), "pt", tmp_path))
 
 
 def test_lazy_modules_get_their_shape(tmp_path: Path) -> None:

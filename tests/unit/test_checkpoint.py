@@ -167,6 +167,33 @@ def test_closed_beside_a_thread_that_reads(
         os.fstat(fd)
 
 
+def test_closed_in_a_child_of_a_process_that_reads(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the thread is not that reads here."""
+    from holdfast import fetch
+
+    f = holdfast.open(saved)
+    f._mapped = False
+    move = fetch.move
+    found: list[int] = []
+
+    def slowly(*args: Any, **options: Any) -> None:
+        pid = os.fork()
+        if pid == 0:
+            fd = f._reader.source.fd
+            f._users = {(os.getppid(), object())}
+            f.close()
+            os._exit(7 if f._reader.source.fd == -1 and fd >= 0 else 1)
+        found.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        move(*args, **options)
+
+    monkeypatch.setattr(fetch, "move", slowly)
+    assert f["model.fc.weight"][29, 19] == 599
+    assert found == [7]
+    f.close()
+
+
 def test_closed_again_and_again_beside_threads_that_read(saved: Path) -> None:
     raised: list[BaseException] = []
     right = 0

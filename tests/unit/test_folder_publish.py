@@ -184,6 +184,19 @@ def test_one_that_is_removed_meanwhile(tmp_path: Path, ban: str) -> None:
 
 
 @pytest.mark.parametrize("existing", [False, True])
+def test_where_the_folder_is_in_is_removed_meanwhile(tmp_path: Path, existing: bool) -> None:
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    if existing:
+        save(parent / "target", b"old")
+    publication = _engine.FolderPublication(parent / "target")
+    shutil.rmtree(parent)
+    with pytest.raises(FileNotFoundError):
+        publication.commit(False, lambda fd: True)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("existing", [False, True])
 def test_the_last_answer_counts(tmp_path: Path, existing: bool) -> None:
     target = tmp_path / "target"
     if existing:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import struct
 import zipfile
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 
 import holdfast
 from holdfast.errors import FormatError
 from patience import within
-from pickle_files import name, text
+from pickle_files import (
+    FALSE,
+    NONE,
+    ORDERED,
+    PROTO,
+    STOP,
+    items,
+    name,
+    number,
+    numbers,
+    pairs,
+    text,
+)
 
 NUMBERS = b"(" + b"".join(b"J" + struct.pack("<i", i) for i in range(100_000))
 KEYS = b"(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(50_000))
@@ -91,3 +104,31 @@ def test_a_scalar_of_a_record_can_be_written_to() -> None:
     found = holdfast.load(file)["v"]
     found["a"] = 5
     assert found["a"] == 5 and found.dtype == value.dtype
+
+
+def test_attributes_that_all_tensors_share(tmp_path: Path) -> None:
+    """What each tensor has, and very many are said to have the same of: it is walked but once."""
+    pytest.importorskip("torch")
+    count = 16_000
+    storage = items(
+        text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), number(4)
+    )
+    given = items(storage + b"Q", number(0), numbers([2]), numbers([1]), FALSE, ORDERED)
+    data = (
+        PROTO + name("torch._tensor", "_rebuild_from_type_v2") + b"q\x000"
+        + name("torch._utils", "_rebuild_tensor_v2") + b"q\x010" + name("torch", "Tensor")
+        + b"q\x020" + given + b"q\x030" + pairs({f"k{i}": NONE for i in range(count)}) + b"q\x040"
+        + b"](" + b"h\0(h\1h\2h\3h\4tR" * (2 * count) + b"e" + STOP
+    )  # fmt: skip
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("a/data.pkl", data)
+        made.writestr("a/version", b"3\n")
+        made.writestr("a/data/0", bytes(16))
+    with within(5), holdfast.open(path) as f:
+        assert len(list(f)) == 2 * count
+    with within(5), pytest.raises(FormatError, match="copies of the same"):
+        holdfast.load(path)
+    with within(5), pytest.warns(UserWarning, match="'k9', …"):
+        holdfast.convert(path, tmp_path / "b.pt")
+    assert len(holdfast.load(tmp_path / "b.pt")) == 2 * count

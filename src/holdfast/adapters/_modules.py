@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -37,11 +38,18 @@ def own_loader(obj: Any, base: type, norm: type, stored: Container[str]) -> Load
     if not any(_has_own(module, base, norm, prefix, stored) for prefix, module in each):
         return None
 
-    def load(state: Mapping[str, Any], strict: bool) -> tuple[list[str], list[str]]:
-        missing, unexpected = root.load_state_dict(state, strict=strict)
-        return list(missing), list(unexpected)
+    try:
+        takes_strict = "strict" in inspect.signature(root.load_state_dict).parameters
+    except (TypeError, ValueError):
+        takes_strict = True
 
-    return load
+    def load(state: Mapping[str, Any], strict: bool) -> tuple[list[str], list[str]]:
+        found = root.load_state_dict(state, **({"strict": strict} if takes_strict else {}))
+        if not isinstance(found, tuple) or len(found) != 2:  # some return nothing
+            return [], []
+        return list(found[0]), list(found[1])
+
+    return Loader(frozenset(root.state_dict()), load)
 
 
 def _has_own(module: Any, base: type, norm: type, prefix: str, stored: Container[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,8 +34,22 @@ PARAMETER = 2
 #: storage, offset in elements, shape, strides in elements, flags.
 Placed = tuple[str, int, int, int, tuple[int, ...], tuple[int, ...], int]
 
-#: What loads a module from tensors by name; with True names have to match: missing and unexpected.
-Loader = Callable[[Mapping[str, Any], bool], tuple[list[str], list[str]]]
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """What loads a module that has code of its own for it.
+
+    Attributes
+    ----------
+    names : frozenset of str
+        What the module's own state has, whether that is a tensor or not.
+    load : callable
+        Takes what there is for the module, by name, and whether names have to match; returns
+        missing and unexpected ones.
+    """
+
+    names: frozenset[str]
+    load: Callable[[Mapping[str, Any], bool], tuple[list[str], list[str]]]
 
 
 class Storages(Protocol):
@@ -282,7 +297,7 @@ class Adapter(Protocol):
         ...
 
     def own_loader(self, obj: object, stored: Container[str]) -> Loader | None:
-        """What loads a module that has code of its own for it.
+        """What loads a module, where it has code of its own for that.
 
         Parameters
         ----------
@@ -292,9 +307,8 @@ class Adapter(Protocol):
 
         Returns
         -------
-        callable or None
-            None for what is no module, or one to which its tensors are all. Else what takes tensors
-            by name, and whether names must match, and returns missing and unexpected names.
+        Loader or None
+            None for what is no module, or one to which its tensors are all.
         """
         ...
 

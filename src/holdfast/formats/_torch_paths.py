@@ -153,10 +153,11 @@ class Paths:
     def _share(self, record: Record) -> bool:
         """Whether there is time for what `record` has, which very many others may have, too."""
         state = record.state
-        for part in (
-            record.args,
-            *(state if type(state) is tuple and len(state) == 2 else (state,)),
-        ):
+        parts: list[Any] = [record.args]
+        # The state of a tensor is an argument.
+        for each in (state, *record.args) if len(record.args) <= 8 else (state,):
+            parts += each if type(each) is tuple and len(each) == 2 else (each,)
+        for part in parts:
             if type(part) in _CONTAINERS and type(part) is not Record and len(part) > 8:
                 if id(part) in self._shared:
                     self._again -= len(part)
