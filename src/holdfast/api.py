@@ -389,7 +389,8 @@ def load_into(
 
     The bytes are read into the memory that the tensors have, strided or not, so that the model is
     never in memory twice. Where a dtype differs it is converted, a part of a tensor at a time.
-    Of a folder that OneFlow wrote before it said what is in one, types and shapes are the target's.
+    Of a folder that OneFlow wrote before it said what is in one, types and shapes are the target's,
+    and no code of a module's own runs.
 
     Parameters
     ----------

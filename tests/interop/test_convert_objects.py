@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,21 @@ from typing import Any
 import pytest
 
 import holdfast
+from pickle_files import (
+    FALSE,
+    NONE,
+    ORDERED,
+    PROTO,
+    STOP,
+    TRUE,
+    call,
+    items,
+    name,
+    number,
+    numbers,
+    pairs,
+    text,
+)
 
 torch = pytest.importorskip("torch")
 
@@ -173,9 +189,32 @@ def test_sparse_tensors_are_their_parts(kind: str, to: str, tmp_path: Path) -> N
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions")
 def test_nothing_is_lost_without_a_name(tmp_path: Path) -> None:
     quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
-    for name, value in {"q": quantized, "s": torch.ones(2).untyped_storage()}.items():
-        torch.save({name: value, "w": torch.ones(2)}, tmp_path / "a.pth")
+    for key, value in {"q": quantized, "s": torch.ones(2).untyped_storage()}.items():
+        torch.save({key: value, "w": torch.ones(2)}, tmp_path / "a.pth")
         for to in ("b.st", "b.pt"):
             with pytest.raises(TypeError, match="of no plain tensor.*load and save it"):
                 holdfast.convert(tmp_path / "a.pth", tmp_path / to)
             assert not (tmp_path / to).exists()
+
+
+def test_hooks_are_not_passed_over(tmp_path: Path) -> None:
+    storage = items(
+        text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), number(2)
+    )
+    view = items(storage + b"Q", number(0), numbers([2]), numbers([1]), FALSE, ORDERED)
+    tensor = name("torch._utils", "_rebuild_tensor_v2") + view + b"R"
+    for hooks, warning in (
+        (b"", "left out: 'a'"),
+        (b"(" + text("k") + NONE + b"u", "backward hooks"),
+    ):
+        state = pairs({"a": NONE})
+        made = call(
+            "torch._utils", "_rebuild_parameter_with_state", tensor, TRUE, ORDERED + hooks, state
+        )
+        with zipfile.ZipFile(tmp_path / "a.pth", "w") as out:
+            out.writestr("a/data.pkl", PROTO + pairs({"x": made}) + STOP)
+            out.writestr("a/version", b"3\n")
+            out.writestr("a/data/0", bytes(8))
+        with pytest.warns(UserWarning, match=warning):
+            holdfast.convert(tmp_path / "a.pth", tmp_path / "b.st")
+        assert holdfast.load(tmp_path / "b.st")["x"].tolist() == [0, 0]

@@ -116,3 +116,14 @@ def test_a_module_of_torch(tmp_path: Path) -> None:
     words = r"size mismatch for 0.bias: float32 of shape torch.Size\(\[2\]\) in the current "
     with pytest.raises(RuntimeError, match=words + "model needs 8 bytes, the checkpoint has 12 "):
         holdfast.load_into(wrong, tmp_path / "old", strict=False)
+
+
+def test_a_module_with_code_of_its_own(tmp_path: Path) -> None:
+    """It is filled like any other: what it would be given, nobody knows the types of."""
+    torch = pytest.importorskip("torch")
+    made = torch.nn.Linear(4, 3)
+    made.register_load_state_dict_post_hook(lambda module, keys: pytest.fail("it ran"))
+    weight = np.random.default_rng(1).random((3, 4), "f4")
+    folder = write(tmp_path / "old", {"weight": weight, "bias": np.ones(3, "f4")})
+    assert holdfast.load_into(made, folder) == ([], [])
+    assert np.array_equal(made.weight.detach().numpy(), weight) and made.bias.sum() == 3
