@@ -218,3 +218,31 @@ def test_hooks_are_not_passed_over(tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match=warning):
             holdfast.convert(tmp_path / "a.pth", tmp_path / "b.st")
         assert holdfast.load(tmp_path / "b.st")["x"].tolist() == [0, 0]
+
+
+class Traced(torch.nn.Module):  # type: ignore[misc]
+    """What torch.fx makes a module of its own of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 2)
+        self.register_buffer("table", torch.ones(2))
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return self.fc(x) + self.table  # torch.fx would take an annotation for a type
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_modules_of_fx_have_the_names_of_their_state_dict(nested: bool, tmp_path: Path) -> None:
+    module = torch.fx.symbolic_trace(Traced())
+    torch.save({"net": module} if nested else module, tmp_path / "a.pth")
+    names = [f"net.{key}" if nested else key for key in module.state_dict()]
+    with holdfast.open(tmp_path / "a.pth") as f:
+        assert list(f) == names
+    with pytest.warns(UserWarning, match="a flat dict of its tensors"):
+        holdfast.convert(tmp_path / "a.pth", tmp_path / "b.st")
+    found = holdfast.load(tmp_path / "b.st")
+    assert list(found) == names
+    ours = Traced()
+    holdfast.load_into(ours, tmp_path / "b.st", prefix="net." if nested else "")
+    assert torch.equal(ours.fc.weight, module.fc.weight)

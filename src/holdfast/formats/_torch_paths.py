@@ -197,9 +197,11 @@ class Paths:
 
     def _record(self, path: str, obj: Record) -> Iterator[_Child]:
         state = obj.state
-        if type(state) is dict and all(isinstance(state.get(k), dict) for k in _ATTRIBUTES):
-            yield from self._module(path, state)
-            return
+        # Modules of torch.fx are made anew, by a call of what they consist of.
+        for each in (state, *(obj.args[:1] if obj.called else ())):
+            if type(each) is dict and all(isinstance(each.get(k), dict) for k in _ATTRIBUTES):
+                yield from self._module(path, each)
+                return
         if obj.called and type(obj.cls) is Global and obj.cls.name.startswith("_rebuild_"):
             yield from _rebuilt(obj)
         else:
