@@ -273,6 +273,17 @@ def test_a_load_state_dict_of_its_own(kind: str, tmp_path: Path) -> None:
     assert ours.step == 3 and torch.equal(ours.net.weight, net.net.weight)
 
 
+def test_a_load_state_dict_that_passes_on(tmp_path: Path) -> None:
+    class Passing(nn.Linear):  # type: ignore[misc]
+        def load_state_dict(self, *args: Any, **options: Any) -> Any:
+            return super().load_state_dict(*args, **options)
+
+    path = saved({"weight": torch.ones(2, 3), "more": torch.ones(1)}, "pt", tmp_path)
+    assert holdfast.load_into(Passing(3, 2), path, strict=False) == (["bias"], ["more"])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        holdfast.load_into(Passing(3, 2), path)
+
+
 def test_one_that_an_instance_has(tmp_path: Path) -> None:
     ours, seen = nn.Linear(3, 2), []
     own = ours._load_from_state_dict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from .base import Loader
@@ -38,18 +38,26 @@ def own_loader(obj: Any, base: type, norm: type, stored: Container[str]) -> Load
     if not any(_has_own(module, base, norm, prefix, stored) for prefix, module in each):
         return None
 
-    try:
-        takes_strict = "strict" in inspect.signature(root.load_state_dict).parameters
-    except (TypeError, ValueError):
-        takes_strict = True
+    how = _takes_strict(root.load_state_dict)
 
     def load(state: Mapping[str, Any], strict: bool) -> tuple[list[str], list[str]]:
-        found = root.load_state_dict(state, **({"strict": strict} if takes_strict else {}))
+        found = root.load_state_dict(state, **({"strict": strict} if how else {}))
         if not isinstance(found, tuple) or len(found) != 2:  # some return nothing
             return [], []
         return list(found[0]), list(found[1])
 
     return Loader(frozenset(root.state_dict()), load)
+
+
+def _takes_strict(method: Callable[..., Any]) -> bool:
+    """Whether a ``load_state_dict``, which a class may have written anew, can be told `strict`."""
+    try:
+        parameters = inspect.signature(method).parameters
+    except (TypeError, ValueError):
+        return True
+    return "strict" in parameters or any(
+        each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()
+    )
 
 
 def _has_own(module: Any, base: type, norm: type, prefix: str, stored: Container[str]) -> bool:
