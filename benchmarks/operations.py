@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import os
 import random
@@ -15,7 +17,7 @@ from typing import Any
 from . import limits, pagecache
 from .actions import Job
 from .contenders import CONTENDERS, Contender, check, writer
-from .objects import touch
+from .objects import map_tensors, raw_bytes, touch
 from .samples import SECONDS, Sample, Skip
 from .workloads import Material, Workload
 
@@ -49,6 +51,8 @@ class Operation:
         Whether it returns one tensor and not all.
     fills : bool
         Whether it fills memory: in the process, or in the page cache without an fsync.
+    into : bool
+        Whether it fills tensors that exist, which are all zeros before.
     """
 
     name: str
@@ -58,12 +62,14 @@ class Operation:
     touched: bool = False
     one: bool = False
     fills: bool = False
+    into: bool = False
 
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation("save-durable", "save, fsync of file and directory", ("save-durable",), "saved"),
     Operation("save", "save, no fsync", ("save",), "saved", fills=True),
     Operation("save-over", "save over its file, no fsync", ("save",), "replaced", fills=True),
+    Operation("fill", "fill tensors that exist, warm", ("fill",), "warm", fills=True, into=True),
     Operation("load-eager", "load into memory, warm", ("load", "copy"), "warm", True, fills=True),
     Operation("load-mapped", "load mapped, warm", ("load-mapped",), "warm", True),
     Operation(
@@ -184,6 +190,8 @@ def _failure(
 
 def _once(material: Material, operation: Operation, entrant: Entrant, number: int) -> Sample | None:
     job, act = entrant.job, entrant.contender.actions[entrant.action]
+    if operation.into:
+        job = dataclasses.replace(job, obj=map_tensors(job.obj, _blank))
     touched = operation.touched and material.workload.touched
     details = _prepare(operation, entrant, material)
     if operation.state == "again":
@@ -198,7 +206,7 @@ def _once(material: Material, operation: Operation, entrant: Entrant, number: in
         touch(result)
     ended = time.perf_counter()
     if number == 0:
-        if problems := _problems(operation, entrant, result):
+        if problems := _problems(operation, entrant, job.obj if operation.into else result):
             raise AssertionError(f"wrong bytes: {'; '.join(problems)}")
         return None
     if touched:
@@ -215,6 +223,13 @@ def _once(material: Material, operation: Operation, entrant: Entrant, number: in
         material.count,
         details,
     )
+
+
+def _blank(tensor: Any) -> Any:
+    """A tensor like this one, of zeros that are in memory."""
+    made = copy.deepcopy(tensor)
+    raw_bytes(made)[:] = 0
+    return made
 
 
 def _prepare(operation: Operation, entrant: Entrant, material: Material) -> dict[str, float]:

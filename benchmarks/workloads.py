@@ -226,7 +226,7 @@ WORKLOADS: tuple[Workload, ...] = (
         "84 tensors of a language model, float16",
         sum(math.prod(shape) for shape in llm_shapes(1).values()) * 2,
         _llm,
-        (*TIMED, "open-one", "open-each", *MEMORY),
+        (*TIMED, "fill", "open-one", "open-each", *MEMORY),
         limits=True,
     ),
     Workload(
@@ -234,7 +234,7 @@ WORKLOADS: tuple[Workload, ...] = (
         "20,000 tensors of 1 KB, float32",
         20_000 * 1024,
         _small(20_000, 1024, "layers.{}.weight"),
-        ("save-durable", "save", "load-eager", "load-mapped", "open-one", "open-each"),
+        ("save-durable", "save", "fill", "load-eager", "load-mapped", "open-one", "open-each"),
         touched=False,
         limits=True,
     ),
@@ -251,7 +251,7 @@ WORKLOADS: tuple[Workload, ...] = (
         "model, Adam state, scalars and generators, nested, float32",
         sum(math.prod(shape) for shape in gpt_shapes(1).values()) * 12,
         _train,
-        (*TIMED[:4], *MEMORY),
+        (*TIMED[:4], "fill", *MEMORY),
         nested=True,
     ),
     *(
