@@ -27,6 +27,7 @@ from .reader import Reader
 from .renaming import apply, renamed, rules_of
 from .replaced import again
 from .source import FileLike
+from .straight import fill_straight
 from .views import TensorBatch, TensorView
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ def fill_from(
                     threads=threads,
                 )
                 return IncompatibleKeys(*given)
+        if fill_straight(reader, leaves, stored, threads):
+            return IncompatibleKeys([], [])
         named, barred = _described(leaves)
         matches = [
             replace(target, row=stored[name]) for name, target in named.items() if name in stored

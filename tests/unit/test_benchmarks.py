@@ -21,7 +21,6 @@ from benchmarks.contenders import CONTENDERS, Contender, check, writer
 from benchmarks.objects import differences, leaves, raw_bytes, tensors, touch
 from benchmarks.workloads import WORKLOADS, Material, Workload, select
 
-import holdfast
 from holdfast import _bench
 
 MIB = 1 << 20
@@ -159,29 +158,6 @@ def test_differences_sees_every_kind() -> None:
         {**a, "more": 1},
     ):
         assert differences(a, other), other
-
-
-@pytest.mark.parametrize("lazy", [False, True])
-def test_what_fills_nothing_is_found_out(lazy: bool, tmp_path: Path) -> None:
-    """What is to be filled holds nothing of it before."""
-    material = at_one_mib(BY_NAME["llm"])
-    before = [raw_bytes(tensor).copy() for tensor in tensors(material.numpy)]
-    operation = next(each for each in operations.OPERATIONS if each.name == "fill")
-    skips: list[Any] = []
-
-    def fill(job: Job) -> None:
-        if not lazy:
-            holdfast.load_into(job.obj, job.path)
-
-    ours = next(each for each in CONTENDERS if each.name == "holdfast, numpy")
-    entrant = dataclasses.replace(ours, actions={**ours.actions, "fill": fill})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operations, "CONTENDERS", (entrant,))
-        found = list(operations.measure(material, operation, 2, tmp_path, skips.append))
-    assert len(found) == (0 if lazy else 2)
-    assert bool(skips) == lazy
-    assert all((raw_bytes(a) == b).all() for a, b in zip(
-        tensors(material.numpy), before, strict=True))  # fmt: skip
 
 
 # ---- the loop ---------------------------------------------------------------------------------
