@@ -349,8 +349,10 @@ def move(
         )
     else:
         assert not layouts
+        from .marks import Load
         from .staged import move_staged
 
+        load = Load(source, work)
         move_staged(
             source,
             work,
@@ -358,9 +360,11 @@ def move(
             booleans if booleans is None or order is None else booleans[order],
             staging,
             verify=verify,
+            fill=load.fill,
             threads=threads,
             progress=progress,
         )
+        load.done()
     if order is not None:
         segments["crc"][order] = work["crc"]
 

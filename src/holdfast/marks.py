@@ -36,7 +36,7 @@ class Load:
         self._source = source
         self._new: list[int] = []  # files that were not loaded before
         self.fill = _engine.FILL_NEVER
-        if not has_room(segments):
+        if not source.mappable or not has_room(segments):
             return
         files, inverse = np.unique(segments["file"], return_inverse=True)
         wanted = np.bincount(inverse, segments["nbytes"]).astype(np.int64)

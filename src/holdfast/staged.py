@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import _engine, staging
+from . import staging
 from .booleans import settle_bytes
 from .folder import Origin
-from .marks import Load
 from .source import Source
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ def move_staged(
     settings: Staging | None,
     *,
     verify: bool,
+    fill: int,
     threads: int,
     progress: Progress | None,
 ) -> None:
@@ -46,25 +46,6 @@ def move_staged(
 
     See :func:`holdfast.fetch.move`.
     """
-    load = Load(source, segments) if source.mappable else None
-    fill = _engine.FILL_NEVER if load is None else load.fill
-    move = bind(source.move, checksum=verify, fill=fill)
-    _move_parts(source, move, segments, devices, booleans, settings, verify, threads, progress)
-    if load is not None:
-        load.done()
-
-
-def _move_parts(
-    source: Origin,
-    move: Callable[..., None],
-    segments: np.ndarray,
-    devices: np.ndarray,
-    booleans: np.ndarray | None,
-    settings: Staging | None,
-    verify: bool,
-    threads: int,
-    progress: Progress | None,
-) -> None:
     several = (
         not (isinstance(source, Source) and source.fd < 0)  # a file object stands at one place
         and threads != 1
@@ -73,8 +54,8 @@ def _move_parts(
     threads = -(-threads // FILLERS) if several else threads
     done = 0
 
-    def fill(part: Part, report: Progress | None = None) -> None:
-        move(part.segments, threads=threads, progress=report)
+    def fill_part(part: Part, report: Progress | None = None) -> None:
+        source.move(part.segments, checksum=verify, fill=fill, threads=threads, progress=report)
         if booleans is not None:
             for i in np.flatnonzero(booleans[part.rows]).tolist():
                 settle_bytes(int(part.segments["address"][i]), int(part.segments["nbytes"][i]))
@@ -86,7 +67,7 @@ def _move_parts(
             part.join(segments)
 
     def fill_here(part: Part) -> None:
-        fill(part, None if progress is None else bind(_behind, progress, done))
+        fill_part(part, None if progress is None else bind(_behind, progress, done))
         finish(part)
 
     coming = staging.to_device(segments, devices, staging=settings)
@@ -115,7 +96,7 @@ def _move_parts(
             filling.append(part)
             try:
                 part.filled = Future()
-                pool.submit(_fulfil, part.filled, bind(fill, part))
+                pool.submit(_fulfil, part.filled, bind(fill_part, part))
             except BaseException as error:
                 # It may have been taken on all the same, by a thread that the pool does not know
                 # of: then it is waited for. What nobody has taken on, nobody will.
