@@ -27,7 +27,7 @@ from .reader import Reader
 from .renaming import apply, renamed, rules_of
 from .replaced import again
 from .source import FileLike
-from .straight import fill_straight
+from .straight import Group, fill_straight
 from .views import TensorBatch, TensorView
 
 if TYPE_CHECKING:
@@ -115,9 +115,10 @@ def fill_from(
                     threads=threads,
                 )
                 return IncompatibleKeys(*given)
-        if fill_straight(reader, leaves, stored, threads):
+        groups, barred = _described(leaves)
+        if not barred and fill_straight(reader, groups, stored, threads):
             return IncompatibleKeys([], [])
-        named, barred = _described(leaves)
+        named = {target.name: target for group in groups for target in _targets(group)}
         matches = [
             replace(target, row=stored[name]) for name, target in named.items() if name in stored
         ]
@@ -174,12 +175,12 @@ def _leaves(target: Any) -> dict[str, Any]:
     return {name: leaf for name, leaf in pairs if id(leaf) not in blobs}
 
 
-def _described(named: dict[str, Any]) -> tuple[dict[str, _Target], dict[str, str]]:
+def _described(named: dict[str, Any]) -> tuple[list[Group], dict[str, str]]:
     """What is to be filled.
 
     Tensors that none of a file fits are apart, with what their framework says of them.
     """
-    found: dict[str, _Target] = {}
+    found: list[Group] = []
     barred: dict[str, str] = {}
     names, leaves = list(named), list(named.values())
     for adapter, rows in by_adapter(leaves).items():
@@ -188,15 +189,19 @@ def _described(named: dict[str, Any]) -> tuple[dict[str, _Target], dict[str, str
         rows = [row for row in rows if names[row] not in barred]
         if not rows:
             continue
-        members = [leaves[row] for row in rows]
-        batch, kinds = adapter.describe(members, [names[row] for row in rows])
-        for i, row in enumerate(rows):
-            kind = join_kind(adapter.name, kinds.get(i, ""))
-            view = batch[i]
-            place = place_of(view)
-            found[names[row]] = _Target(names[row], members[i], adapter, view, kind, place)
-            _check_writable(found[names[row]])
+        some, members = [names[row] for row in rows], [leaves[row] for row in rows]
+        found.append(Group(adapter, some, members, *adapter.describe(members, some)))
     return found, barred
+
+
+def _targets(group: Group) -> Iterator[_Target]:
+    """The tensors of a group, each by itself."""
+    for i, (name, tensor) in enumerate(zip(group.names, group.members, strict=True)):
+        kind = join_kind(group.adapter.name, group.kinds.get(i, ""))
+        view = group.batch[i]
+        target = _Target(name, tensor, group.adapter, view, kind, place_of(view))
+        _check_writable(target)
+        yield target
 
 
 def _check_writable(target: _Target) -> None:

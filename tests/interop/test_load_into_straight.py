@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import device_arrays
 import holdfast
 from holdfast import fill
 
@@ -95,6 +96,19 @@ def test_what_is_not_plain_is_looked_at_one_by_one(
     assert (target[last] == stored[last]).all()
 
 
+def test_checksums_of_more_than_a_tensor(tmp_path: Path, straight: list[bool]) -> None:
+    """Those of NumPy's files are of a record, which is read for them by itself."""
+    np.savez(tmp_path / "x.npz", a=SQUARE)
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    target = {"a": np.zeros((3, 4))}
+    assert holdfast.load_into(target, tmp_path / "x.npz") == ([], [])
+    assert straight == [False] and (target["a"] == SQUARE).all()
+    data[data.index(SQUARE.tobytes()) + 9] ^= 1
+    (tmp_path / "x.npz").write_bytes(data)
+    with pytest.raises(holdfast.ChecksumError):
+        holdfast.load_into(target, tmp_path / "x.npz")
+
+
 def test_two_names_of_one_tensor(tmp_path: Path, straight: list[bool]) -> None:
     value = np.arange(6.0)
     holdfast.save({"a": value, "b": value}, tmp_path / "x")
@@ -135,6 +149,18 @@ def test_damage_is_seen(stream: bool, tmp_path: Path, straight: list[bool]) -> N
     with pytest.raises(holdfast.ChecksumError, match="expected CRC-32"):
         holdfast.load_into(target, file)
     assert straight == []  # it was on its way
+
+
+def test_memory_of_a_device_is_filled_through_blocks(
+    tmp_path: Path, straight: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holdfast.save({"a": SQUARE}, tmp_path / "x")
+    with device_arrays.installed(monkeypatch) as (device, _):
+        target = {"a": device_arrays.put(np.zeros((3, 4)))}
+        before = device.calls["begin"]
+        assert holdfast.load_into(target, tmp_path / "x") == ([], [])
+        assert straight == [False] and device.calls["begin"] > before
+        assert (target["a"].get() == SQUARE).all()
 
 
 def test_arrays_beside_tensors(tmp_path: Path, straight: list[bool]) -> None:
