@@ -188,7 +188,7 @@ typedef int (*hold_progress)(void *context, uint64_t done);
 #define HOLD_DIRECT_ALWAYS 1
 #define HOLD_DIRECT_FASTER 2 /* whichever way turns out to be faster, tried as it goes on */
 
-/* Whether to bring files into the page cache, of which at least half is missing there. */
+/* Whether to bring into the page cache what is missing there of files. */
 #define HOLD_FILL_NEVER 0
 #define HOLD_FILL_AGAIN 1 /* ... that are loaded again, each by one call */
 #define HOLD_FILL_NOW 2
