@@ -184,9 +184,11 @@ def _described(named: dict[str, Any]) -> tuple[list[Group], dict[str, str]]:
     barred: dict[str, str] = {}
     names, leaves = list(named), list(named.values())
     for adapter, rows in by_adapter(leaves).items():
-        whys = {names[row]: adapter.mismatch(leaves[row], names[row]) for row in rows}
-        barred.update((name, why) for name, why in whys.items() if why is not None)
-        rows = [row for row in rows if names[row] not in barred]
+        whys = [adapter.mismatch(leaves[row], names[row]) for row in rows]
+        if any(why is not None for why in whys):
+            told = zip(rows, whys, strict=True)
+            barred.update((names[row], why) for row, why in told if why is not None)
+            rows = [row for row in rows if names[row] not in barred]
         if not rows:
             continue
         some, members = [names[row] for row in rows], [leaves[row] for row in rows]
